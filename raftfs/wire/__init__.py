@@ -1,0 +1,1 @@
+"""Bytes to messages and back: frames, message definitions, RPC with deadlines, authentication."""
