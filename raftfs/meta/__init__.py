@@ -1,0 +1,1 @@
+"""The masters: pure state, planning, storage, Raft, services."""

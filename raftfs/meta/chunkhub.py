@@ -1,0 +1,291 @@
+"""What this master knows of the chunkservers: links, space, and where every copy is.
+
+Soft state, built from the chunkservers' own reports, which every chunkserver streams to every
+master; so a new leader knows the copies at once. Only the leader gives orders, each under its term.
+A server counts for decisions of a leader only once it has acknowledged the leader's term (it is
+*fenced*): from then on it obeys no older leader, and all that older leaders made it do is reported.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import structlog
+
+from raftfs.const import CHUNK_SIZE, DISK_LEAVE_FREE, HEARTBEAT_S
+from raftfs.errors import LinkError, RaftfsError, ReplyError
+from raftfs.meta.plan.placement import Candidate
+from raftfs.wire import messages as m
+from raftfs.wire.rpc import Link
+
+log = structlog.get_logger("raftfs.chunkhub")
+
+T = TypeVar("T")
+ORDER_TIMEOUT_S = 1.5  # a stopped chunkserver delays a writer by no more than this
+REPLICATE_TIMEOUT_S = 30.0  # 64 MiB over a slow network
+FENCE_RETRY_S = 0.2
+SILENCE_S = 4 * HEARTBEAT_S
+SUSPECT_S = 10.0
+SERVERS_MAX = 1_000
+
+
+class ChunkServer:
+    """One chunkserver as this master sees it. `copies`: chunk -> version."""
+
+    def __init__(self, hello: m.ServerHello, link: Link) -> None:
+        self.uuid = hello.server
+        self.host, self.port = hello.host, hello.port
+        self.link = link
+        self.ready = False
+        self.fenced_term = 0
+        self.total = self.used = 0
+        self.suspect_until = 0.0
+        self.copies: dict[int, int] = {}
+
+    @property
+    def connected(self) -> bool:
+        """The link is up and the full report has arrived."""
+        return self.ready and not self.link.closed.done()
+
+    @property
+    def free(self) -> int:
+        """Bytes that new chunks may take."""
+        return max(0, self.total - self.used)
+
+    def status(self) -> m.ServerStatus:
+        """For status messages."""
+        return m.ServerStatus(
+            self.uuid, self.host, self.port, self.total, self.used, len(self.copies), self.connected
+        )
+
+
+class ChunkHub:
+    """The chunkservers' registry. `on_change(chunks)` hears of chunks whose copies changed."""
+
+    def __init__(
+        self,
+        cluster: Callable[[], bytes],
+        term: Callable[[], int],
+        on_change: Callable[[Iterable[int]], None],
+    ) -> None:
+        self._cluster = cluster
+        self._term = term
+        self._on_change = on_change
+        self._leading = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.servers: dict[bytes, ChunkServer] = {}
+        self.where: dict[int, dict[bytes, int]] = {}
+
+    @property
+    def term(self) -> int:
+        """The term under which orders are given."""
+        return self._term()
+
+    # --- links
+
+    def handle(self, link: Link, event: m.ChunkEvent) -> Any:
+        """One event of a chunkserver (an RPC handler)."""
+        if isinstance(event, m.ServerHello):
+            return self._hello(link, event)
+        server: ChunkServer | None = link.context
+        if server is None:
+            raise RaftfsError("the first message of a chunkserver must be its hello")
+        if self.servers.get(server.uuid) is not server:
+            raise RaftfsError("a newer connection of this chunkserver took over")
+        if isinstance(event, m.Copies):
+            self._made(server, event.copies)
+        elif isinstance(event, m.Ready):
+            self._ready(server)
+        elif isinstance(event, m.Changed):
+            self._changed(server, event)
+        elif isinstance(event, m.Space):
+            server.total, server.used = event.total, event.used
+        return None
+
+    def _hello(self, link: Link, hello: m.ServerHello) -> bytes:
+        cluster = self._cluster()
+        if not cluster:
+            raise RaftfsError("this master belongs to no cluster yet")
+        if hello.cluster and hello.cluster != cluster:
+            raise RaftfsError(
+                f"the disks belong to cluster {hello.cluster.hex()}, this is {cluster.hex()}"
+            )
+        if hello.protocol != m.PROTOCOL:
+            raise RaftfsError(f"protocol {hello.protocol} is not spoken here ({m.PROTOCOL} is)")
+        old = self.servers.get(hello.server)
+        if old is None and len(self.servers) >= SERVERS_MAX:
+            raise RaftfsError(f"there are {SERVERS_MAX} chunkservers already")
+        if old is not None:
+            self._forget_copies(old)
+            old.link.close()
+        link.context = self.servers[hello.server] = ChunkServer(hello, link)
+        log.info("chunkserver connected", server=hello.server.hex(), address=_address(hello))
+        return cluster
+
+    def _ready(self, server: ChunkServer) -> None:
+        server.ready = True
+        log.info("chunkserver ready", server=server.uuid.hex(), copies=len(server.copies))
+        if self._leading:
+            self._start(self._fence(server))
+
+    def closed(self, link: Link) -> None:
+        """The link is gone; so, for all that this master knows, are the copies behind it."""
+        server: ChunkServer | None = link.context
+        if server is None or self.servers.get(server.uuid) is not server:
+            return
+        log.warning("chunkserver lost", server=server.uuid.hex(), address=_address(server))
+        server.ready = False
+        self._forget_copies(server)
+
+    def _forget_copies(self, server: ChunkServer) -> None:
+        copies, server.copies = server.copies, {}
+        for chunk in copies:
+            self._gone(server.uuid, chunk)
+        self._on_change(copies)
+
+    # --- copies
+
+    def _made(self, server: ChunkServer, copies: Iterable[m.CopyId]) -> None:
+        for copy in copies:
+            server.copies[copy.chunk] = copy.version
+            self.where.setdefault(copy.chunk, {})[server.uuid] = copy.version
+
+    def _gone(self, uuid: bytes, chunk: int) -> None:
+        holders = self.where.get(chunk)
+        if holders is not None:
+            holders.pop(uuid, None)
+            if not holders:
+                del self.where[chunk]
+
+    def _changed(self, server: ChunkServer, event: m.Changed) -> None:
+        for copy in (*event.gone, *event.damaged):
+            if server.copies.get(copy.chunk) == copy.version:
+                del server.copies[copy.chunk]
+                self._gone(server.uuid, copy.chunk)
+        for copy in event.damaged:
+            log.warning(
+                "copy damaged", chunk=f"{copy.chunk:016X}", server=server.uuid.hex(),
+                address=_address(server),
+            )  # fmt: skip
+        self._made(server, event.made)
+        self._on_change({c.chunk for c in (*event.made, *event.gone, *event.damaged)})
+
+    def note_copy(self, uuid: bytes, chunk: int, version: int) -> None:
+        """An order succeeded: do not wait for the report that tells the same."""
+        server = self.servers.get(uuid)
+        if server is not None and server.connected:
+            self._made(server, [m.CopyId(chunk, version)])
+
+    def copies_of(self, chunk: int, *, fenced: bool) -> dict[bytes, int]:
+        """Server -> version of the connected copies; `fenced`: only on servers that obey our term.
+        """
+        usable = {}
+        for uuid, version in self.where.get(chunk, {}).items():
+            server = self.servers[uuid]
+            if server.connected and (not fenced or self.is_fenced(server)):
+                usable[uuid] = version
+        return usable
+
+    # --- leading
+
+    def lead(self) -> None:
+        """This master leads now: announce the term to every server."""
+        self._leading = True
+        for server in list(self.servers.values()):
+            if server.connected:
+                self._start(self._fence(server))
+
+    def follow(self) -> None:
+        """This master leads no longer: no more orders."""
+        self._leading = False
+
+    def is_fenced(self, server: ChunkServer) -> bool:
+        """The server has acknowledged the current leader's term."""
+        return server.connected and server.fenced_term == self._term()
+
+    def fenced_servers(self) -> list[ChunkServer]:
+        """The servers that a leader may count on now."""
+        return [s for s in self.servers.values() if self.is_fenced(s)]
+
+    def candidates(self) -> list[Candidate]:
+        """Servers that may take a new copy."""
+        return [
+            Candidate(s.uuid, s.host, max(0, s.free - DISK_LEAVE_FREE))
+            for s in self.fenced_servers()
+            if s.free > CHUNK_SIZE + DISK_LEAVE_FREE and s.suspect_until < time.monotonic()
+        ]
+
+    def suspect(self, uuid: bytes) -> None:
+        """A client's write failed there: give it no new chunks for a while."""
+        if uuid in self.servers:
+            self.servers[uuid].suspect_until = time.monotonic() + SUSPECT_S
+
+    def drop_silent(self) -> None:
+        """Close the links of servers that have not been heard for some heartbeats (stopped, cut).
+        """
+        limit = time.monotonic() - SILENCE_S
+        for server in self.servers.values():
+            if server.connected and server.link.last_heard < limit:
+                server.link.close()
+
+    async def _fence(self, server: ChunkServer) -> None:
+        while self._leading and server.connected and not self.is_fenced(server):
+            term = self._term()
+            try:
+                await server.link.call(m.NewTerm(term), ORDER_TIMEOUT_S)
+            except RaftfsError as e:
+                log.warning("chunkserver does not take the term", term=term, reason=str(e))
+                await asyncio.sleep(FENCE_RETRY_S)
+                continue
+            server.fenced_term = term
+            self._on_change(server.copies)
+
+    async def order(self, uuid: bytes, order: m.ChunkOrder) -> None:
+        """Send an order and wait until it is done. ReplyError or LinkError if it is not."""
+        server = self.servers.get(uuid)
+        if server is None or not self.is_fenced(server):
+            raise LinkError(f"chunkserver {uuid.hex()} is not connected")
+        slow = isinstance(order, m.Replicate)
+        await server.link.call(order, REPLICATE_TIMEOUT_S if slow else ORDER_TIMEOUT_S)
+
+    async def order_all(self, orders: dict[bytes, m.ChunkOrder]) -> list[bytes]:
+        """Send orders to several servers at once; gives those that carried theirs out."""
+        done = await asyncio.gather(
+            *(self.order(u, o) for u, o in orders.items()), return_exceptions=True
+        )
+        good = []
+        for (uuid, order), outcome in zip(orders.items(), done, strict=True):
+            if outcome is None:
+                good.append(uuid)
+            elif isinstance(outcome, ReplyError | LinkError):
+                log.warning("order failed", order=repr(order), server=uuid.hex(),
+                            reason=str(outcome))  # fmt: skip
+            else:
+                raise outcome
+        return good
+
+    def location(self, uuid: bytes, version: int) -> m.Location:
+        """Where a copy is, for a client."""
+        server = self.servers[uuid]
+        return m.Location(uuid, server.host, server.port, version)
+
+    def space(self) -> tuple[int, int]:
+        """Bytes in all and bytes free over the connected servers."""
+        up = [s for s in self.servers.values() if s.connected]
+        return sum(s.total for s in up), sum(max(0, s.free - DISK_LEAVE_FREE) for s in up)
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """End the hub's own tasks."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _address(server: ChunkServer | m.ServerHello) -> str:
+    return f"{server.host}:{server.port}"

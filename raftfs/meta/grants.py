@@ -1,0 +1,270 @@
+"""Write grants: who may write a chunk, on which copies, under which version. Leader's work.
+
+The life of a grant of an existing chunk whose copies may differ:
+
+    1. GrantWrite committed      lock and a *reserved* version, never used before, are in the log
+    2. RaiseVersion to each copy each one durably becomes the reserved version, or is out
+    3. (too few copies: one more server replicates the raised chunk)
+    4. SetVersion committed      from now on older copies are stale
+    5. the client gets the map   and only now writes
+
+    crash after 1: nothing happened to any copy; the reserved number is never used again.
+    crash in 2..4: some copies have the reserved version, some the committed one; all have every
+                   acknowledged byte, so all are good; the next grant raises the chosen group again.
+    crash after 4: as if the client had got the map and never written.
+
+Raising is skipped only when this leader, in this term, has itself established that exactly these
+servers hold the committed version (`_proven`): then no copy elsewhere can pretend to be current.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+import structlog
+
+from raftfs.errors import ReplyError, Status
+from raftfs.meta.chunkhub import ChunkHub
+from raftfs.meta.plan.healing import Verdict, judge
+from raftfs.meta.plan.placement import choose_servers, read_order
+from raftfs.meta.proposer import Proposer
+from raftfs.meta.state import read
+from raftfs.meta.state.model import ChunkRow, Rows
+from raftfs.wire import messages as m
+from raftfs.wire.ops import Granted, GrantWrite, SetVersion
+from raftfs.wire.rpc import decode
+
+log = structlog.get_logger("raftfs.grants")
+
+
+class _KeyLock:
+    """A lock and how many hold it or wait for it, so that it can be dropped with the last one."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+class Grants:
+    """Locates copies for readers and prepares them for writers."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        hub: ChunkHub,
+        proposer: Proposer,
+        term: Callable[[], int],
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._rows = rows
+        self._hub = hub
+        self._proposer = proposer
+        self._term = term
+        self._draw = draw
+        self._proven: dict[int, frozenset[bytes]] = {}
+        # Servers of fresh grants, which may not have reported their new copy yet.
+        self._expected: dict[int, tuple[bytes, ...]] = {}
+        self._locks: dict[tuple[int, int], _KeyLock] = {}
+
+    def reset(self) -> None:
+        """Leadership changed: nothing is proven any more."""
+        self._proven.clear()
+        self._expected.clear()
+
+    def doubt(self, chunk: int) -> None:
+        """Copies of `chunk` may differ now (a grant ended by force): raise before the next write.
+        """
+        self._proven.pop(chunk, None)
+
+    def settled(self, chunk: int) -> None:
+        """The chunk's grant ended well: its copies have been reported, or never will be."""
+        self._expected.pop(chunk, None)
+
+    def forget(self, chunk: int) -> None:
+        """The chunk is gone."""
+        self._proven.pop(chunk, None)
+        self._expected.pop(chunk, None)
+
+    @contextlib.asynccontextmanager
+    async def lock(self, inode: int, index: int) -> AsyncIterator[None]:
+        """Serialises everything that touches the copies of one chunk: grants, repair, removal."""
+        held = self._locks.setdefault((inode, index), _KeyLock())
+        held.users += 1
+        try:
+            async with held.lock:
+                yield
+        finally:
+            held.users -= 1
+            if not held.users:
+                del self._locks[inode, index]
+
+    # --- readers
+
+    def copies(self, chunk: ChunkRow, *, fenced: bool) -> dict[bytes, int]:
+        """Server -> version of every copy that is connected, reported or just being made."""
+        found = self._hub.copies_of(chunk.id, fenced=fenced)
+        for uuid in self._expected.get(chunk.id, ()):
+            server = self._hub.servers.get(uuid)
+            if uuid not in found and server is not None and self._hub.is_fenced(server):
+                found[uuid] = chunk.version
+        return found
+
+    def verdict(self, chunk: ChunkRow) -> Verdict:
+        """What the connected copies are worth."""
+        return judge(chunk.version, chunk.reserved, chunk.goal, self.copies(chunk, fenced=True))
+
+    def locate(self, inode: int, index: int, reader_host: str) -> m.ChunkMap:
+        """Where to read. A map without copies means: none is connected now."""
+        chunk, length = read.file_chunk(self._rows, inode, index)
+        if chunk is None:
+            return m.ChunkMap(0, 0, length, [])
+        return m.ChunkMap(chunk.id, chunk.version, length, self.locations(chunk, reader_host))
+
+    def locations(self, chunk: ChunkRow, reader_host: str) -> list[m.Location]:
+        """The good copies of a chunk in the order in which a reader should try them."""
+        copies = self.copies(chunk, fenced=False)
+        newest = max(chunk.version, chunk.reserved)
+        good = {u: v for u, v in copies.items() if chunk.version <= v <= newest}
+        hosts = [(uuid, self._hub.servers[uuid].host) for uuid in good]
+        order = read_order(hosts, reader_host, self._draw)
+        return [self._hub.location(uuid, good[uuid]) for uuid in order]
+
+    # --- writers
+
+    async def grant(self, session: int, ask: m.WriteChunk) -> m.ChunkMap:
+        """Lock a chunk for the session and give the copies that it must write.
+
+        ReplyError: LOCKED (another session writes), NO_SERVERS, NO_COPIES, or apply's errno.
+        """
+        async with self.lock(ask.inode, ask.index):
+            chunk, _ = read.file_chunk(self._rows, ask.inode, ask.index)
+            if chunk is None:
+                return await self._fresh(session, ask, replace=False)
+            if chunk.lock and chunk.lock_session != session:
+                raise ReplyError(Status.LOCKED)
+            failed = set(ask.failed)
+            for uuid in failed:
+                self._hub.suspect(uuid)
+            good = [u for u in self.verdict(chunk).chosen if u not in failed]
+            if not good:
+                return await self._without_copies(session, ask, chunk)
+            clean = not ask.failed and not chunk.lock
+            if clean and self._is_proven(chunk, good) and len(good) >= self._attainable(chunk):
+                granted = await self._commit_grant(session, ask, raise_version=False)
+                return self._map(granted, good, granted.version)
+            return await self._raise(session, ask, good)
+
+    async def settle(self, chunk: ChunkRow) -> None:
+        """Bring the good copies of an unlocked chunk to one new committed version."""
+        ask = m.WriteChunk(chunk.owner, chunk.index, [], acked=True)
+        async with self.lock(chunk.owner, chunk.index):
+            now = read.chunk(self._rows, chunk.id)
+            if now is None or now.lock:
+                return
+            good = list(self.verdict(now).chosen)
+            if good:
+                await self._raise(0, ask, good, unlock=True)
+
+    def _is_proven(self, chunk: ChunkRow, good: Iterable[bytes]) -> bool:
+        return self._proven.get(chunk.id) == frozenset(good)
+
+    def _attainable(self, chunk: ChunkRow) -> int:
+        """How many copies the goal asks for and the live servers can give."""
+        have = set(self.copies(chunk, fenced=True))
+        room = {c.server for c in self._hub.candidates()} - have
+        return min(chunk.goal, len(have) + len(room))
+
+    async def _without_copies(
+        self, session: int, ask: m.WriteChunk, chunk: ChunkRow
+    ) -> m.ChunkMap:
+        """No copy is left. Only a chunk on which nothing was ever acknowledged may be replaced."""
+        if chunk.born or ask.acked:
+            raise ReplyError(Status.NO_COPIES)
+        return await self._fresh(session, ask, replace=True)
+
+    async def _fresh(self, session: int, ask: m.WriteChunk, *, replace: bool) -> m.ChunkMap:
+        goal = read.getattr(self._rows, ask.inode).goal
+        servers = choose_servers(self._hub.candidates(), goal, ask.failed, self._draw)
+        if not servers:
+            raise ReplyError(Status.NO_SERVERS)
+        granted = await self._commit_grant(session, ask, raise_version=False, replace=replace)
+        self._proven[granted.chunk] = frozenset(servers)
+        self._expected[granted.chunk] = tuple(servers)
+        return self._map(granted, servers, granted.version)
+
+    async def _raise(
+        self, session: int, ask: m.WriteChunk, good: list[bytes], *, unlock: bool = False
+    ) -> m.ChunkMap:
+        granted = await self._commit_grant(session, ask, raise_version=True)
+        chunk, version, lock = granted.chunk, granted.reserved, granted.lock
+        self.forget(chunk)
+        order = m.RaiseVersion(self._term(), chunk, version, lock)
+        raised = await self._hub.order_all({uuid: order for uuid in good})
+        if not raised:
+            row = read.chunk(self._rows, chunk)
+            if row is not None and not unlock:
+                return await self._without_copies(session, ask, row)
+            raise ReplyError(Status.NO_COPIES)
+        for uuid in raised:
+            self._hub.note_copy(uuid, chunk, version)
+        if not unlock:
+            raised += await self._add_copies(chunk, version, raised, ask.failed)
+        await self._proposer.commit(SetVersion(chunk, version, lock, unlock))
+        self._proven[chunk] = frozenset(raised)
+        log.info("version raised", chunk=f"{chunk:016X}", version=version, copies=len(raised),
+                 failed=[f.hex() for f in ask.failed])  # fmt: skip
+        return self._map(granted, raised, version)
+
+    async def _add_copies(
+        self, chunk: int, version: int, have: list[bytes], failed: list[bytes]
+    ) -> list[bytes]:
+        """A writer waits: give the chunk the copies that its goal asks for before it goes on."""
+        row = read.chunk(self._rows, chunk)
+        missing = 0 if row is None else row.goal - len(have)
+        if missing <= 0:
+            return []
+        new = choose_servers(self._hub.candidates(), missing, [*have, *failed], self._draw)
+        made = await self.replicate(chunk, version, have, new)
+        for uuid in made:
+            self._hub.note_copy(uuid, chunk, version)
+        return made
+
+    async def replicate(
+        self, chunk: int, version: int, sources: list[bytes], targets: list[bytes]
+    ) -> list[bytes]:
+        """Have `targets` fetch the copy; gives those that have it now. The caller holds the lock.
+        """
+        orders: dict[bytes, m.ChunkOrder] = {}
+        for at, target in enumerate(targets):
+            source = self._hub.servers[sources[at % len(sources)]]
+            orders[target] = m.Replicate(self._term(), chunk, version, source.host, source.port)
+        made = await self._hub.order_all(orders)
+        for uuid in made:
+            log.info("replicated", chunk=f"{chunk:016X}", version=version, to=uuid.hex())
+        return made
+
+    def prove_more(self, chunk: int, servers: Iterable[bytes]) -> None:
+        """Replication under this leader, with no write since, gave `servers` the same bytes."""
+        if chunk in self._proven:
+            self._proven[chunk] |= frozenset(servers)
+
+    def prove_less(self, chunk: int, server: bytes) -> None:
+        """The server's copy was destroyed by our committed order: it can never come back."""
+        if chunk in self._proven:
+            self._proven[chunk] -= {server}
+
+    async def _commit_grant(
+        self, session: int, ask: m.WriteChunk, *, raise_version: bool, replace: bool = False
+    ) -> Granted:
+        op = GrantWrite(ask.inode, ask.index, raise_version, replace)
+        return decode(Granted, await self._proposer.commit(op, session))
+
+    def _map(self, granted: Granted, servers: Sequence[bytes], version: int) -> m.ChunkMap:
+        # Not always the same server at the head of the chain: it carries the client's traffic.
+        turn = granted.chunk % len(servers)
+        return m.ChunkMap(
+            granted.chunk, version, granted.length,
+            [self._hub.location(u, version) for u in (*servers[turn:], *servers[:turn])],
+            granted.lock, granted.fresh,
+        )  # fmt: skip

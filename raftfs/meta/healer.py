@@ -1,0 +1,291 @@
+"""Keeps every chunk at its goal: replicates, settles, destroys what no longer counts. Leader's
+work.
+
+Tasks: `_run` (one loop: examines chunks that changed, sweeps all chunks and the doomed ones in
+slices) and up to `REPAIRS_MAX` repairs side by side, each under the chunk's lock in `grants`.
+
+Nothing is destroyed that was not condemned by a committed entry: a chunk whose last reference is
+gone is *doomed* in the state; a stale copy is older than the committed version; a surplus copy is
+named in a `DropCopy` entry, and only while the chunk meets its goal without it; a copy that the
+state does not know is kept for `orphan_delay_s` first.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Coroutine, Iterable
+from typing import NamedTuple
+
+import structlog
+
+from raftfs.const import ORPHAN_DELAY_S
+from raftfs.errors import LinkError, RaftfsError, ReplyError
+from raftfs.meta.chunkhub import ChunkHub
+from raftfs.meta.grants import Grants
+from raftfs.meta.plan.healing import Verdict
+from raftfs.meta.plan.placement import choose_servers
+from raftfs.meta.proposer import Proposer
+from raftfs.meta.state import read
+from raftfs.meta.state.model import ChunkRow, Rows
+from raftfs.wire import messages as m
+from raftfs.wire.ops import DropCopy, ForgetChunk
+
+log = structlog.get_logger("raftfs.healer")
+
+TICK_S = 0.25
+SLICE = 500  # chunks examined before the loop gets a turn
+REPAIRS_MAX = 8
+DOOMED_SLICE = 200
+
+
+class HealingConfig(NamedTuple):
+    """Delays in seconds, all counted from when this leader saw the fact."""
+
+    start_delay_s: float = 5.0  # after an election: chunkservers are still announcing themselves
+    endangered_delay_s: float = 3.0  # one copy left of several
+    disconnect_delay_s: float = 300.0  # some copies left
+    orphan_delay_s: float = ORPHAN_DELAY_S
+    sweep_every_s: float = 60.0
+
+
+class Healer:
+    """Examines chunks and repairs them."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        hub: ChunkHub,
+        grants: Grants,
+        proposer: Proposer,
+        config: HealingConfig | None = None,
+    ) -> None:
+        self._rows = rows
+        self._hub = hub
+        self._grants = grants
+        self._proposer = proposer
+        self._config = config or HealingConfig()
+        self._loop_task: asyncio.Task[None] | None = None
+        self._repairs: dict[int, asyncio.Task[None]] = {}
+        self._due: dict[int, float] = {}  # chunk -> when to examine it
+        self._first_short: dict[int, float] = {}  # chunk -> since when it lacks copies
+        self._orphans: dict[tuple[int, bytes], float] = {}  # (chunk, server) -> first seen
+        self._leading_since = 0.0
+        self.undergoal: set[int] = set()
+        self.missing: set[int] = set()
+
+    def lead(self) -> None:
+        """Begin, as the leader."""
+        self._leading_since = time.monotonic()
+        if self._loop_task is None:
+            self._loop_task = asyncio.ensure_future(self._run())
+
+    async def follow(self) -> None:
+        """Stop everything; what was under way is left to the next leader."""
+        tasks = [t for t in (self._loop_task, *self._repairs.values()) if t is not None]
+        self._loop_task = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for memory in (self._repairs, self._due, self._first_short, self._orphans):
+            memory.clear()
+        self.undergoal.clear()
+        self.missing.clear()
+
+    def examine(self, chunks: Iterable[int], delay_s: float = 1.0) -> None:
+        """Look at these chunks soon. Does nothing unless leading."""
+        if self._loop_task is None:
+            return
+        due = time.monotonic() + delay_s
+        for chunk in chunks:
+            self._due.setdefault(chunk, due)
+
+    # --- the loop
+
+    async def _run(self) -> None:
+        await asyncio.sleep(self._config.start_delay_s)
+        next_sweep = 0.0
+        while True:
+            try:
+                self._hub.drop_silent()
+                if time.monotonic() >= next_sweep:
+                    await self._sweep()
+                    next_sweep = time.monotonic() + self._config.sweep_every_s
+                await self._examine_due()
+                await self._destroy_doomed()
+            except RaftfsError as e:
+                log.warning("healing interrupted", reason=str(e))
+            await asyncio.sleep(TICK_S)
+
+    async def _sweep(self) -> None:
+        """Every chunk of the state, and every copy that the state does not know."""
+        after = 0
+        while rows := read.chunks(self._rows, after, SLICE):
+            for chunk in rows:
+                self._due.setdefault(chunk.id, 0.0)
+            after = rows[-1].id
+            await self._examine_due()
+        for at, chunk_id in enumerate(list(self._hub.where)):
+            if read.chunk(self._rows, chunk_id) is None:
+                self._due.setdefault(chunk_id, 0.0)
+            if at % SLICE == 0:
+                await asyncio.sleep(0)
+        self._orphans = {k: v for k, v in self._orphans.items() if k[0] in self._hub.where}
+
+    async def _examine_due(self) -> None:
+        now = time.monotonic()
+        due = [chunk for chunk, at in self._due.items() if at <= now]
+        for at, chunk_id in enumerate(due):
+            if len(self._repairs) >= REPAIRS_MAX:
+                return
+            del self._due[chunk_id]
+            self._examine(chunk_id, now)
+            if at % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+
+    def _examine(self, chunk_id: int, now: float) -> None:
+        if chunk_id in self._repairs:
+            return  # it is examined again when that repair is done
+        chunk = read.chunk(self._rows, chunk_id)
+        if chunk is None:
+            self._set_counts(chunk_id, None)
+            self._begin(chunk_id, self._destroy_orphans(chunk_id, now))
+            return
+        if chunk.refs == 0:
+            return
+        verdict = self._grants.verdict(chunk)
+        self._set_counts(chunk_id, verdict if chunk.born else None)
+        if chunk.lock:
+            return  # a writer is at work; its unlock has the chunk examined again
+        if not verdict.chosen:
+            return
+        if verdict.settle:
+            self._begin(chunk_id, self._grants.settle(chunk))
+        elif verdict.wanted and self._can_add(verdict):
+            self._add_when_due(chunk, verdict, now)
+        elif verdict.surplus or verdict.stale:
+            self._begin(chunk_id, self._destroy_surplus(chunk))
+
+    def _set_counts(self, chunk: int, verdict: Verdict | None) -> None:
+        short = verdict is not None and verdict.wanted > 0
+        gone = verdict is not None and not verdict.chosen
+        (self.undergoal.add if short and not gone else self.undergoal.discard)(chunk)
+        (self.missing.add if gone else self.missing.discard)(chunk)
+        if not short:
+            self._first_short.pop(chunk, None)
+
+    def _can_add(self, verdict: Verdict) -> bool:
+        return any(c.server not in verdict.chosen for c in self._hub.candidates())
+
+    def _add_when_due(self, chunk: ChunkRow, verdict: Verdict, now: float) -> None:
+        since = self._first_short.setdefault(chunk.id, now)
+        alone = len(verdict.chosen) == 1
+        delay = self._config.endangered_delay_s if alone else self._config.disconnect_delay_s
+        if now - since < delay:
+            self._due[chunk.id] = since + delay
+        else:
+            self._begin(chunk.id, self._add_copies(chunk))
+
+    def _begin(self, chunk: int, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(self._guard(chunk, work))
+        self._repairs[chunk] = task
+        task.add_done_callback(lambda _: self._repairs.pop(chunk, None))
+
+    async def _guard(self, chunk: int, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except (ReplyError, LinkError) as e:
+            log.warning("repair put off", chunk=f"{chunk:016X}", reason=str(e))
+            self.examine([chunk], delay_s=5.0)
+
+    # --- repairs, each under the chunk's lock, each judging anew
+
+    async def _add_copies(self, chunk: ChunkRow) -> None:
+        async with self._grants.lock(chunk.owner, chunk.index):
+            now = read.chunk(self._rows, chunk.id)
+            if now is None or now.lock or not now.refs:
+                return
+            verdict = self._grants.verdict(now)
+            if verdict.settle or not verdict.wanted or not verdict.chosen:
+                return
+            targets = await self._targets(now, verdict)
+            made = await self._grants.replicate(
+                now.id, verdict.version, list(verdict.chosen), targets
+            )
+            self._grants.prove_more(now.id, made)
+        self.examine([chunk.id])
+
+    async def _targets(self, chunk: ChunkRow, verdict: Verdict) -> list[bytes]:
+        """Servers for the wanted copies; one that holds a stale copy only if there is no other."""
+        holders = dict(verdict.stale)
+        free = self._hub.candidates()
+        targets = choose_servers(free, verdict.wanted, [*verdict.chosen, *holders], random.random)
+        usable = {c.server for c in free}
+        for server, version in verdict.stale:
+            if len(targets) < verdict.wanted and server in usable and version < chunk.version:
+                await self._destroy(chunk.id, version, server, "stale, its server is needed")
+                targets.append(server)
+        return targets
+
+    async def _destroy_surplus(self, chunk: ChunkRow) -> None:
+        async with self._grants.lock(chunk.owner, chunk.index):
+            now = read.chunk(self._rows, chunk.id)
+            if now is None or now.lock or not now.refs:
+                return
+            verdict = self._grants.verdict(now)
+            if verdict.settle or verdict.wanted:
+                return
+            for server, version in verdict.stale:
+                if version < now.version:
+                    await self._destroy(now.id, version, server, "stale")
+            if verdict.surplus:
+                fullest = min(verdict.chosen, key=lambda s: self._hub.servers[s].free)
+                await self._proposer.commit(DropCopy(now.id, now.version, fullest))
+                await self._destroy(now.id, now.version, fullest, "surplus")
+                self._grants.prove_less(now.id, fullest)
+        if verdict.surplus > 1:
+            self.examine([chunk.id], delay_s=0.0)
+
+    async def _destroy(self, chunk: int, version: int, server: bytes, reason: str) -> None:
+        await self._hub.order(server, m.Destroy(self._hub.term, chunk, version))
+        log.info("copy destroyed", chunk=f"{chunk:016X}", version=version, server=server.hex(),
+                 reason=reason)  # fmt: skip
+
+    async def _destroy_orphans(self, chunk_id: int, now: float) -> None:
+        for server, version in self._hub.copies_of(chunk_id, fenced=True).items():
+            since = self._orphans.setdefault((chunk_id, server), now)
+            wait = since + self._config.orphan_delay_s - now
+            if wait > 0:
+                self._due[chunk_id] = now + wait
+                continue
+            result = await self._proposer.propose(0, 0, DropCopy(chunk_id, version, server))
+            if result.status and read.chunk(self._rows, chunk_id) is None:
+                # The committed state has no such chunk: that is what condemns the copy.
+                await self._destroy(chunk_id, version, server, "orphan")
+                self._orphans.pop((chunk_id, server), None)
+
+    async def _destroy_doomed(self) -> None:
+        after = 0
+        while doomed := read.doomed(self._rows, after, DOOMED_SLICE):
+            after = doomed[-1]
+            orders: dict[bytes, list[int]] = {}
+            for chunk in doomed:
+                for server in self._hub.copies_of(chunk, fenced=True):
+                    orders.setdefault(server, []).append(chunk)
+            await asyncio.gather(*(self._destroy_all(s, c) for s, c in orders.items()))
+            gone = [c for c in doomed if not self._hub.copies_of(c, fenced=False)]
+            await asyncio.gather(*(self._proposer.propose(0, 0, ForgetChunk(c)) for c in gone))
+            for chunk in gone:
+                self._grants.forget(chunk)
+                self._set_counts(chunk, None)
+
+    async def _destroy_all(self, server: bytes, chunks: list[int]) -> None:
+        done = await asyncio.gather(
+            *(self._hub.order(server, m.Destroy(self._hub.term, c, 0)) for c in chunks),
+            return_exceptions=True,
+        )
+        failed = [d for d in done if d is not None]
+        if failed:
+            log.warning("copies not destroyed", server=server.hex(), number=len(failed),
+                        reason=str(failed[0]))  # fmt: skip
+        log.info("copies destroyed", server=server.hex(), number=len(done) - len(failed),
+                 reason="no file owns them")  # fmt: skip

@@ -1,0 +1,191 @@
+"""One master replica: the store, the Raft replica and the services around them.
+
+Tasks besides the loop's callbacks: the replica's own, the healer's (while leading), `_watch` (each
+second: vanished sessions, role of the moment) and the servers' links.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import NamedTuple
+
+import structlog
+
+from raftfs.conf import exports
+from raftfs.const import PORT_RAFT
+from raftfs.errors import RaftfsError, UserError
+from raftfs.meta.chunkhub import ChunkHub
+from raftfs.meta.grants import Grants
+from raftfs.meta.healer import Healer, HealingConfig
+from raftfs.meta.proposer import Proposer
+from raftfs.meta.raft.replica import Replica, ReplicaConfig
+from raftfs.meta.service import ClientService
+from raftfs.meta.state import read
+from raftfs.meta.store import MetaStore
+from raftfs.wire import messages as m
+from raftfs.wire import rpc
+from raftfs.wire.auth import ClusterKey
+
+log = structlog.get_logger("raftfs.master")
+
+# A master's ports, counted from its Raft port (its item in --peers, by default 9418).
+CHUNKSERVERS, CLIENTS = 2, 3
+
+
+class MasterConfig(NamedTuple):
+    """What `raftfs-master` was told. `name` and `peers` are `host:port` with the Raft ports."""
+
+    name: str
+    peers: tuple[str, ...]
+    data_dir: Path
+    listen: str = "0.0.0.0"
+    replace: bool = False
+    export_lines: tuple[exports.ExportLine, ...] = ()
+    healing: HealingConfig = HealingConfig()
+
+    @property
+    def port(self) -> int:
+        """The Raft port, from which the others are counted."""
+        return int(self.name.rpartition(":")[2])
+
+
+def parse_peer(item: str) -> str:
+    """`host` or `host:port` as `host:port`. UserError if it is neither."""
+    host, colon, port = item.strip().rpartition(":")
+    if not colon:
+        host, port = item.strip(), str(PORT_RAFT)
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--peers: {item!r} is not host or host:port")
+    return f"{host}:{port}"
+
+
+class Master:
+    """Everything that one master process runs."""
+
+    def __init__(self, config: MasterConfig, key: ClusterKey) -> None:
+        self._config = config
+        self._key = key
+        self.store = MetaStore(config.data_dir / "state.mdb")
+        self.replica = Replica(
+            ReplicaConfig(
+                name=config.name, peers=config.peers, data_dir=config.data_dir,
+                replace=config.replace,
+            ),
+            self.store,
+            key,
+        )  # fmt: skip
+        self.proposer = Proposer(self.replica)
+        self.hub = ChunkHub(
+            cluster=lambda: read.totals(self.store).cluster,
+            term=lambda: self.replica.term,
+            on_change=lambda chunks: self.healer.examine(chunks),
+        )
+        self.grants = Grants(self.store, self.hub, self.proposer, lambda: self.replica.term)
+        self.healer = Healer(self.store, self.hub, self.grants, self.proposer, config.healing)
+        self.service = ClientService(
+            self.store, self.replica, self.proposer, self.grants, self.healer,
+            list(config.export_lines), self.status, self.hub.space,
+        )  # fmt: skip
+        self._servers: list[rpc.Server] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._led_term = 0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set or the replica fails. UserError if it cannot begin."""
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            await self._listen()
+            starting = asyncio.ensure_future(self.replica.start())
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                return
+            starting.result()
+            self.replica.on_role.append(self._role_changed)
+            self._role_changed()
+            self._tasks.append(asyncio.ensure_future(self._watch()))
+            log.info("master serves", name=self._config.name, peers=list(self._config.peers))
+            await asyncio.wait(
+                {stopping, self.replica.failed}, return_when=asyncio.FIRST_COMPLETED
+            )
+            if self.replica.failed.done():
+                self.replica.failed.result()
+        finally:
+            stopping.cancel()
+            await self._shut_down()
+
+    async def _listen(self) -> None:
+        base = self._config.port
+        hub, clients = self.hub, self.service
+        try:
+            self._servers = [
+                await rpc.serve(
+                    self._config.listen, base + CHUNKSERVERS, incoming=m.ChunkEvent,
+                    handler=hub.handle, key=self._key, role="master", name=self._config.name,
+                    on_close=hub.closed,
+                ),
+                await rpc.serve(
+                    self._config.listen, base + CLIENTS, incoming=m.ClientRequest,
+                    handler=clients.handle, on_open=clients.opened, on_close=clients.closed,
+                ),
+            ]  # fmt: skip
+        except OSError as e:
+            raise UserError(
+                f"cannot listen on {self._config.listen}, ports {base + CHUNKSERVERS} and "
+                f"{base + CLIENTS}: {e.strerror}; is another master running?"
+            ) from None
+
+    def _role_changed(self) -> None:
+        leads, term = self.replica.is_leader, self.replica.term
+        if leads and self._led_term != term:
+            log.info("leading", term=term)
+            self._led_term = term
+            self.grants.reset()
+            self.service.presence.reset()
+            self.hub.lead()
+            self.healer.lead()
+        elif not leads and self._led_term:
+            log.info("following", term=term, leader=self.replica.leader)
+            self._led_term = 0
+            self.grants.reset()
+            self.hub.follow()
+            self._tasks.append(asyncio.ensure_future(self.healer.follow()))
+        self.service.role_changed()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self._tasks = [t for t in self._tasks if not t.done()]
+            if not self.replica.is_leader:
+                continue
+            try:
+                await self.service.sweep_sessions()
+            except RaftfsError as e:
+                log.warning("session sweep interrupted", reason=str(e))
+
+    async def _shut_down(self) -> None:
+        for server in self._servers:
+            await server.close()
+        await self.healer.follow()
+        await self.hub.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.replica.stop()
+        self.store.close()
+
+    def status(self) -> m.ReplicaStatus:
+        """This replica's view of itself and the cluster."""
+        totals = read.totals(self.store)
+        replica = self.replica
+        role = "leader" if replica.is_leader else "follower" if replica.leader else "candidate"
+        return m.ReplicaStatus(
+            name=self._config.name, cluster=totals.cluster, role=role,
+            leader=self.service.leader(), applied=self.store.applied[0],
+            committed=replica.commit_index, last_index=replica.last_index,
+            checkpoint=self.store.checkpointed[0], digest=self.store.digest(),
+            digest_index=self.store.applied[0], peers=replica.peers_connected(),
+            servers=[s.status() for s in self.hub.servers.values()], sessions=totals.sessions,
+            nodes=totals.nodes, chunks=totals.chunks, undergoal=len(self.healer.undergoal),
+            missing=len(self.healer.missing),
+        )  # fmt: skip

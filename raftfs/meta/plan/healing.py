@@ -1,0 +1,48 @@
+"""What a chunk's copies are worth, and what is to be done about them. Pure.
+
+A copy at the committed version, or at a higher one that an unfinished grant reserved, has every
+acknowledged byte: it is good. An older one is stale. Good copies of different versions may differ
+in bytes that nobody acknowledged, so one group of equal version is chosen before the next write.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Verdict(NamedTuple):
+    """`chosen`: the good copies that count, all of one version. `settle`: they must be raised
+    first.
+
+    `stale`: copies (server, version) that no longer count. `wanted`: how many copies are missing to
+    the goal. `surplus`: how many there are beyond it.
+    """
+
+    chosen: tuple[bytes, ...]
+    version: int
+    settle: bool
+    stale: tuple[tuple[bytes, int], ...]
+    wanted: int
+    surplus: int
+
+
+def judge(committed: int, reserved: int, goal: int, copies: Mapping[bytes, int]) -> Verdict:
+    """Weigh `copies` (server -> version) of a chunk at version `committed`, up to `reserved`.
+
+    Of several groups of good copies the largest is chosen (losing a copy costs more than bytes that
+    nobody acknowledged); of equally large ones the newest.
+    """
+    groups: dict[int, list[bytes]] = {}
+    for server, version in copies.items():
+        if committed <= version <= max(committed, reserved):
+            groups.setdefault(version, []).append(server)
+    version = max(groups, key=lambda v: (len(groups[v]), v), default=committed)
+    chosen = tuple(sorted(groups.get(version, ())))
+    stale = tuple((s, v) for s, v in sorted(copies.items()) if s not in chosen)
+    return Verdict(
+        chosen=chosen,
+        version=version,
+        settle=bool(chosen) and version != committed,
+        stale=stale,
+        wanted=max(0, goal - len(chosen)),
+        surplus=max(0, len(chosen) - goal),
+    )

@@ -1,0 +1,305 @@
+"""The rows in LMDB: what is durable, what is new since the last checkpoint, what is cached.
+
+A row is looked for in the *overlay* (changed since the last checkpoint), then in the *frozen*
+overlay (a checkpoint is writing it), then in a bounded cache of decoded rows, then in LMDB.
+
+A checkpoint is one LMDB transaction with all changed rows, the applied index and term, and the
+digest; so the file is at every moment exactly the state after one entry of the log:
+
+    loop    freeze(): overlay becomes frozen, a new one begins        (a few microseconds)
+    thread  write_frozen(): encode, put, commit (fdatasync)           (the loop goes on)
+    loop    thaw(): frozen rows are in the file now
+
+The digest is kept lazily: the first change of a row since the last `digest()` remembers the old
+bytes, and `digest()` folds all such rows.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgspec
+import structlog
+
+from raftfs.errors import UserError, invariant
+from raftfs.meta.state import digest, read
+from raftfs.meta.state.apply import Applied, apply_batch
+from raftfs.meta.state.model import GROUP_LEN, TABLES, Row
+from raftfs.wire.ops import Record, decode_batch
+
+log = structlog.get_logger("raftfs.store")
+
+_FORMAT = 1
+_APPLIED_KEY = b"\0applied"  # sorts before every table; no row of the state, no part of the digest
+# Address space, not disk or memory: the file grows as it needs, and the map need never be moved
+# (which LMDB allows only while no reader looks at it).
+_MAP_SIZE = 1 << 40
+_DELETED: Any = None
+_SCAN_READ = 256  # rows taken from LMDB at a time
+
+
+class AppliedRow(Record):
+    """Up to where the file has the log, and the digest of exactly that state."""
+
+    format: int
+    index: int
+    term: int
+    digest: bytes
+
+
+class Overlay:
+    """Rows changed since some moment; None: deleted. `groups` finds them for scans."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, Row | None] = {}
+        self.groups: dict[bytes, set[bytes]] = {}
+
+    def put(self, key: bytes, row: Row | None) -> None:
+        """Set or delete a row."""
+        if key not in self.rows:
+            self.groups.setdefault(key[:GROUP_LEN], set()).add(key)
+        self.rows[key] = row
+
+    def matching(self, prefix: bytes, after: bytes) -> list[bytes]:
+        """Changed keys that a scan has to look at, sorted."""
+        if len(prefix) >= GROUP_LEN:
+            keys: Any = self.groups.get(prefix[:GROUP_LEN], ())
+        else:
+            keys = self.rows
+        start = prefix + after
+        return sorted(
+            k for k in keys if k.startswith(prefix) and (k > start or (not after and k == start))
+        )
+
+
+class MetaStore:
+    """The state of one replica: implements `Rows` and what the replica drives (`Machine`)."""
+
+    def __init__(self, path: Path, *, cache_rows: int = 200_000) -> None:
+        self._path = path
+        self._cache_rows = cache_rows
+        self._decoders = {t: msgspec.msgpack.Decoder(c) for t, c in TABLES.items()}
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._env = lmdb.open(
+                str(self._path), subdir=False, map_size=_MAP_SIZE, readahead=False, lock=False,
+                metasync=True, sync=True, max_readers=16, mode=0o600,
+            )  # fmt: skip
+        except (lmdb.Error, OSError) as e:
+            raise UserError(f"metadata file {self._path} cannot be opened: {e}") from None
+        self._overlay, self._frozen = Overlay(), Overlay()
+        self._freezing: AppliedRow | None = None
+        self._cache: dict[bytes, Row | None] = {}
+        self._unfolded: dict[bytes, bytes | None] = {}
+        self._reader: Any = None
+        self._snapshot()
+        try:
+            raw = self._reader.get(_APPLIED_KEY)
+            row = msgspec.msgpack.decode(raw, type=AppliedRow) if raw else _new_applied()
+        except (lmdb.Error, msgspec.MsgspecError) as e:
+            raise UserError(f"metadata file {self._path} is damaged: {e}") from None
+        if row.format != _FORMAT:
+            raise UserError(
+                f"metadata file {self._path} has format {row.format}, this program reads {_FORMAT}"
+            )
+        if not raw and self._env.stat()["entries"]:
+            raise UserError(f"metadata file {self._path} is damaged: it does not say its index")
+        self.applied = self.checkpointed = (row.index, row.term)
+        self._digest = int.from_bytes(row.digest, "big")
+
+    def _snapshot(self) -> None:
+        """Look at LMDB as it is now."""
+        if self._reader is not None:
+            self._reader.abort()
+        self._reader = self._env.begin(buffers=False)
+
+    # --- Rows
+
+    def get(self, key: bytes) -> Row | None:
+        """As `Rows.get`."""
+        if key in self._overlay.rows:
+            return self._overlay.rows[key]
+        if key in self._frozen.rows:
+            return self._frozen.rows[key]
+        if key in self._cache:
+            return self._cache[key]
+        raw = self._reader.get(key)
+        row = self._decoders[key[0]].decode(raw) if raw is not None else None
+        self._remember(key, row)
+        return row
+
+    def put(self, key: bytes, row: Row) -> None:
+        """As `Rows.put`."""
+        self._note_old(key)
+        self._overlay.put(key, row)
+
+    def delete(self, key: bytes) -> None:
+        """As `Rows.delete`."""
+        self._note_old(key)
+        self._overlay.put(key, _DELETED)
+
+    def scan(self, prefix: bytes, after: bytes = b"") -> Iterator[tuple[bytes, Row]]:
+        """As `Rows.scan`: the overlays' keys merged into what LMDB has."""
+        changed = sorted(
+            {*self._overlay.matching(prefix, after), *self._frozen.matching(prefix, after)}
+        )
+        at = 0
+        for key, raw in self._stored(prefix, after):
+            while at < len(changed) and changed[at] < key:
+                row = self.get(changed[at])
+                if row is not None:
+                    yield changed[at], row
+                at += 1
+            if at < len(changed) and changed[at] == key:
+                row = self.get(key)
+                at += 1
+            else:
+                row = self._decoders[key[0]].decode(raw)
+            if row is not None:
+                yield key, row
+        for key in changed[at:]:
+            row = self.get(key)
+            if row is not None:
+                yield key, row
+
+    def _stored(self, prefix: bytes, after: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """LMDB's part of a scan, in slices, so that a checkpoint between two may change readers."""
+        start, include = prefix + after, not after
+        while True:
+            part: list[tuple[bytes, bytes]] = []
+            with self._reader.cursor() as cursor:
+                found = cursor.set_range(start)
+                while found and len(part) < _SCAN_READ:
+                    key = cursor.key()
+                    if not key.startswith(prefix):
+                        break
+                    if key > start or include:
+                        part.append((key, cursor.value()))
+                    found = cursor.next()
+            yield from part
+            if len(part) < _SCAN_READ:
+                return
+            start, include = part[-1][0], False
+
+    def _remember(self, key: bytes, row: Row | None) -> None:
+        if len(self._cache) >= self._cache_rows:
+            # Dictionaries keep insertion order: drop the oldest tenth, cheap and nearly LRU.
+            for old in [k for k, _ in zip(self._cache, range(self._cache_rows // 10 + 1))]:
+                del self._cache[old]
+        self._cache[key] = row
+
+    def _note_old(self, key: bytes) -> None:
+        if key not in self._unfolded:
+            row = self.get(key)
+            self._unfolded[key] = None if row is None else digest.encode_row(row)
+
+    # --- Machine
+
+    def apply_entry(self, index: int, term: int, data: bytes) -> list[Applied]:
+        """Apply one entry of the log; b"" is one of Raft's own. Raises only for bugs."""
+        invariant(index == self.applied[0] + 1, f"entry {index} after {self.applied[0]}")
+        applied = apply_batch(self, index, decode_batch(data)) if data else []
+        self.applied = (index, term)
+        return applied
+
+    def members(self) -> dict[str, bytes]:
+        """The masters that vote: name -> identity. Empty before the cluster was founded."""
+        return read.members(self)
+
+    def dirty(self) -> int:
+        """Rows that the next checkpoint will write."""
+        return len(self._overlay.rows)
+
+    def digest(self) -> bytes:
+        """16 bytes that are equal on replicas with equal states; costs what changed since last."""
+        for key, old in self._unfolded.items():
+            row = self.get(key)
+            new = None if row is None else digest.encode_row(row)
+            if new != old:
+                self._digest = digest.change(self._digest, key, old, new)
+        self._unfolded.clear()
+        return digest.to_bytes(self._digest)
+
+    def freeze(self) -> bool:
+        """Event loop: begin a checkpoint. False if nothing is new or one is under way."""
+        if self._freezing is not None or self.applied == self.checkpointed:
+            return False
+        self._freezing = AppliedRow(_FORMAT, *self.applied, self.digest())
+        self._frozen, self._overlay = self._overlay, Overlay()
+        return True
+
+    def write_frozen(self) -> None:
+        """Thread: put the frozen rows into LMDB, durably. lmdb.Error or OSError if it cannot."""
+        invariant(self._freezing is not None, "no checkpoint has begun")
+        with self._env.begin(write=True) as txn:
+            for key, row in sorted(self._frozen.rows.items()):
+                if row is None:
+                    txn.delete(key)
+                else:
+                    txn.put(key, digest.encode_row(row))
+            txn.put(_APPLIED_KEY, msgspec.msgpack.encode(self._freezing))
+
+    def thaw(self) -> None:
+        """Event loop: the checkpoint is durable; its rows are read from the file from now on."""
+        done, self._freezing = self._freezing, None
+        assert done is not None
+        self.checkpointed = (done.index, done.term)
+        self._snapshot()
+        for key, row in self._frozen.rows.items():
+            self._remember(key, row)
+        self._frozen = Overlay()
+
+    def copy_to(self, path: Path) -> tuple[int, int]:
+        """Thread: a compacted copy of the last checkpoint; gives its index and term."""
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        self._env.copy(str(path), compact=True)
+        return file_index(path)
+
+    def install(self, path: Path) -> None:
+        """Event loop: become the state in this (verified) file, which is renamed into place."""
+        invariant(self._freezing is None, "a snapshot came during a checkpoint")
+        self._reader.abort()
+        self._reader = None
+        self._env.close()
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, self._path)
+        fd = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        self._open()
+
+    def close(self) -> None:
+        """Give the file back. What was not checkpointed is in the journal."""
+        if self._reader is not None:
+            self._reader.abort()
+            self._reader = None
+            self._env.close()
+
+
+def _new_applied() -> AppliedRow:
+    return AppliedRow(_FORMAT, 0, 0, digest.to_bytes(digest.EMPTY))
+
+
+def file_index(path: Path) -> tuple[int, int]:
+    """Index and term of a state file. UserError if it is none."""
+    try:
+        env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, create=False)
+        try:
+            with env.begin() as txn:
+                raw = txn.get(_APPLIED_KEY)
+        finally:
+            env.close()
+        row = msgspec.msgpack.decode(raw or b"", type=AppliedRow)
+    except (lmdb.Error, msgspec.MsgspecError) as e:
+        raise UserError(f"{path} is no metadata file: {e}") from None
+    return row.index, row.term

@@ -1,0 +1,215 @@
+"""Grants: the chunk protocol keeps every acknowledged write on every copy that counts."""
+
+import asyncio
+import os
+import random
+
+import pytest
+
+from raftfs.errors import LinkError, NotLeader, ReplyError, Status
+from raftfs.meta.state import read
+from raftfs.wire import messages as m
+from raftfs.wire import ops
+from tests.unit.meta.fake_cluster import World
+
+SEEDS = int(os.environ.get("RAFTFS_SEEDS", "60"))
+
+
+def ask(world: World, failed: list[bytes] | None = None, acked: bool = False) -> m.WriteChunk:
+    return m.WriteChunk(world.inode, 0, failed or [], acked)
+
+
+def run(story) -> None:
+    asyncio.run(asyncio.wait_for(story, 30))
+
+
+def test_a_fresh_chunk_gets_as_many_servers_as_its_goal() -> None:
+    async def story() -> None:
+        world = World(1, servers=4, goal=3)
+        grants = await world.elect()
+        grant = await grants.grant(world.session, ask(world))
+        assert grant.fresh and len({c.server for c in grant.copies}) == 3
+        assert world.write(grant) == []
+        assert world.finish(grant) == 0
+
+    run(story())
+
+
+def test_reopening_under_the_same_leader_raises_nothing_under_a_new_one_it_does() -> None:
+    async def story() -> None:
+        world = World(2, servers=3, goal=3)
+        grants = await world.elect()
+        first = await grants.grant(world.session, ask(world))
+        world.write(first)
+        world.finish(first)
+        world.report()
+        again = await grants.grant(world.session, ask(world))
+        assert (again.chunk, again.version) == (first.chunk, first.version)
+        assert again.lock > first.lock
+        world.finish(again)
+        grants = await world.elect()
+        third = await grants.grant(world.session, ask(world))
+        assert third.chunk == first.chunk and third.version > first.version
+
+    run(story())
+
+
+def test_another_session_is_told_to_wait() -> None:
+    async def story() -> None:
+        world = World(3)
+        grants = await world.elect()
+        await grants.grant(world.session, ask(world))
+        with pytest.raises(ReplyError) as error:
+            await grants.grant(world.new_session(), ask(world))
+        assert error.value.status == Status.LOCKED
+
+    run(story())
+
+
+def test_a_failed_server_is_voted_out_and_replaced_before_the_writer_goes_on() -> None:
+    async def story() -> None:
+        world = World(4, servers=4, goal=3)
+        grants = await world.elect()
+        first = await grants.grant(world.session, ask(world))
+        world.write(first)
+        dead = world.servers[first.copies[1].port]
+        world.crash(dead)
+        assert world.write(first) == [dead.uuid]
+        world.report()
+        second = await grants.grant(world.session, ask(world, [dead.uuid], acked=True))
+        assert dead.uuid not in {c.server for c in second.copies}
+        assert len(second.copies) == 3, "the fourth server got a copy first"
+        assert world.write(second) == []
+        world.check()
+        world.restart(dead)
+        row = read.chunk(world.rows, first.chunk)
+        assert row is not None
+        assert dead.uuid not in grants.verdict(row).chosen, "its copy is stale"
+
+    run(story())
+
+
+def test_an_old_leader_is_not_obeyed() -> None:
+    async def story() -> None:
+        world = World(5, servers=3, goal=2)
+        grants = await world.elect()
+        first = await grants.grant(world.session, ask(world))
+        world.write(first)
+        old_hub = world.hub
+        await world.elect()
+        server = first.copies[0].server
+        with pytest.raises(ReplyError) as error:
+            await old_hub.order(server, m.Destroy(1, first.chunk, 0))
+        assert error.value.status == Status.OLD_TERM
+        assert first.chunk in world.servers[first.copies[0].port].copies
+
+    run(story())
+
+
+def test_a_chunk_with_acknowledged_bytes_is_never_replaced() -> None:
+    async def story() -> None:
+        world = World(6, servers=3, goal=2)
+        grants = await world.elect()
+        first = await grants.grant(world.session, ask(world))
+        world.write(first)
+        for copy in first.copies:
+            world.crash(world.servers[copy.port])
+        failed = [c.server for c in first.copies]
+        with pytest.raises(ReplyError) as error:
+            await grants.grant(world.session, ask(world, failed, acked=True))
+        assert error.value.status == Status.NO_COPIES
+        # nothing acknowledged: the index gets a new chunk
+        fresh = await grants.grant(world.session, ask(world, failed, acked=False))
+        assert fresh.chunk != first.chunk and fresh.fresh
+
+    run(story())
+
+
+def test_no_server_at_all() -> None:
+    async def story() -> None:
+        world = World(7, servers=0)
+        grants = await world.elect()
+        with pytest.raises(ReplyError) as error:
+            await grants.grant(world.session, ask(world))
+        assert error.value.status == Status.NO_SERVERS
+
+    run(story())
+
+
+async def torture(seed: int, steps: int = 120) -> int:
+    """Random grants, writes, crashes, lost orders and leader changes; gives acknowledged writes."""
+    chance = random.Random(seed)
+    world = World(seed, servers=chance.choice([3, 4, 5]), goal=chance.choice([1, 2, 3]), loss=0.1)
+    grants = await world.elect()
+    grant: m.ChunkMap | None = None
+    for _ in range(steps):
+        step = chance.random()
+        if step < 0.45:
+            failed = world.write(grant, 0.1) if grant is not None else []
+            acked = bool(grant and world.acked.get(grant.chunk))
+            if failed or grant is None:
+                work = asyncio.ensure_future(
+                    grants.grant(world.session, ask(world, failed, acked))
+                )
+                if chance.random() < 0.2:  # the leader dies at some await of this grant
+                    for _ in range(chance.randrange(12)):
+                        await asyncio.sleep(0)
+                    grants = await world.elect()
+                try:
+                    grant = await work
+                except (ReplyError, LinkError, NotLeader):
+                    grant = None
+        elif step < 0.6 and grant is not None:
+            world.finish(grant)
+            grant = None
+        elif step < 0.75:
+            up = [s for s in world.servers if s.up]
+            if len(up) > 1:
+                world.crash(chance.choice(up))
+        elif step < 0.92:
+            down = [s for s in world.servers if not s.up]
+            if down:
+                world.restart(chance.choice(down))
+        else:
+            grants = await world.elect()
+        world.report()
+        world.check()
+        row, _ = read.file_chunk(world.rows, world.inode, 0)
+        if row is not None and not row.lock:
+            await settle(world, grants, row)
+            world.check()
+    return sum(map(len, world.acked.values()))
+
+
+async def settle(world: World, grants, row) -> None:
+    """What the healer does with an unlocked chunk whose good copies differ."""
+    if grants.verdict(row).settle:
+        try:
+            await grants.settle(row)
+        except (ReplyError, LinkError, NotLeader):
+            return
+        world.report()
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_acknowledged_writes_survive_everything(seed: int) -> None:
+    print(f"reproduce: pytest 'tests/unit/meta/test_grants.py' -k 'everything and {seed}'")
+    asyncio.run(asyncio.wait_for(torture(seed), 60))
+
+
+def test_the_torture_does_write() -> None:
+    """The random stories acknowledge writes at all; else they would prove nothing."""
+    total = sum(asyncio.run(torture(seed)) for seed in range(10))
+    assert total > 100
+
+
+def test_commit_with_a_lost_lock_is_refused() -> None:
+    async def story() -> None:
+        world = World(8, servers=3, goal=2)
+        grants = await world.elect()
+        first = await grants.grant(world.session, ask(world))
+        world.write(first)
+        world.apply(0, 0, ops.Unlock(first.chunk, first.lock))
+        assert world.finish(first) != 0
+
+    run(story())
