@@ -3,8 +3,9 @@
 The life of a grant of an existing chunk whose copies may differ:
 
     1. GrantWrite committed      lock and a *reserved* version, never used before, are in the log
-    2. RaiseVersion to each copy each one durably becomes the reserved version, or is out
-    3. (too few copies: one more server replicates the raised chunk)
+    2. RaiseVersion to each copy each one durably becomes the reserved version; if any did not
+                                 answer: from 1 again with the others
+    3. (too few copies: other servers replicate the raised chunk; then from 1 again with them)
     4. SetVersion committed      from now on older copies are stale
     5. the client gets the map   and only now writes
 
@@ -196,39 +197,52 @@ class Grants:
     async def _raise(
         self, session: int, ask: m.WriteChunk, good: list[bytes], *, unlock: bool = False
     ) -> m.ChunkMap:
-        granted = await self._commit_grant(session, ask, raise_version=True)
-        chunk, version, lock = granted.chunk, granted.reserved, granted.lock
-        self.forget(chunk)
-        order = m.RaiseVersion(self._term(), chunk, version, lock)
-        raised = await self._hub.order_all({uuid: order for uuid in good})
-        if not raised:
-            row = read.chunk(self._rows, chunk)
-            if row is not None and not unlock:
-                return await self._without_copies(session, ask, row)
-            raise ReplyError(Status.NO_COPIES)
+        """Raise the copies on `good` and make theirs the committed version.
+
+        A version may be committed only if every order that could put it on a disk has succeeded: a
+        server that obeyed, but whose answer was lost, would hold the committed version without the
+        writes that follow. So after any failure the rest is raised once more, beyond its reach.
+        """
+        servers, replicated = good, unlock
+        while True:
+            granted = await self._commit_grant(session, ask, raise_version=True)
+            self.forget(granted.chunk)
+            order = m.RaiseVersion(self._term(), granted.chunk, granted.reserved, granted.lock)
+            raised = await self._hub.order_all({uuid: order for uuid in servers})
+            if not raised:
+                row = read.chunk(self._rows, granted.chunk)
+                if row is not None and not unlock:
+                    return await self._without_copies(session, ask, row)
+                raise ReplyError(Status.NO_COPIES)
+            complete = len(raised) == len(servers)
+            servers = raised
+            if complete and not replicated:
+                # A writer waits: first give the chunk the copies that its goal asks for.
+                replicated = True
+                targets = self._targets(granted.chunk, raised, ask.failed)
+                if targets:
+                    servers = raised + await self.replicate(
+                        granted.chunk, granted.reserved, raised, targets
+                    )
+                    continue
+            if complete:
+                break
+        version = granted.reserved
+        await self._proposer.commit(SetVersion(granted.chunk, version, granted.lock, unlock))
         for uuid in raised:
-            self._hub.note_copy(uuid, chunk, version)
-        if not unlock:
-            raised += await self._add_copies(chunk, version, raised, ask.failed)
-        await self._proposer.commit(SetVersion(chunk, version, lock, unlock))
-        self._proven[chunk] = frozenset(raised)
-        log.info("version raised", chunk=f"{chunk:016X}", version=version, copies=len(raised),
-                 failed=[f.hex() for f in ask.failed])  # fmt: skip
+            self._hub.note_copy(uuid, granted.chunk, version)
+        self._proven[granted.chunk] = frozenset(raised)
+        log.info("version raised", chunk=f"{granted.chunk:016X}", version=version,
+                 copies=len(raised), failed=[f.hex() for f in ask.failed])  # fmt: skip
         return self._map(granted, raised, version)
 
-    async def _add_copies(
-        self, chunk: int, version: int, have: list[bytes], failed: list[bytes]
-    ) -> list[bytes]:
-        """A writer waits: give the chunk the copies that its goal asks for before it goes on."""
+    def _targets(self, chunk: int, have: list[bytes], failed: list[bytes]) -> list[bytes]:
+        """Servers that should get a copy too, before the writer goes on."""
         row = read.chunk(self._rows, chunk)
         missing = 0 if row is None else row.goal - len(have)
-        if missing <= 0:
-            return []
-        new = choose_servers(self._hub.candidates(), missing, [*have, *failed], self._draw)
-        made = await self.replicate(chunk, version, have, new)
-        for uuid in made:
-            self._hub.note_copy(uuid, chunk, version)
-        return made
+        return choose_servers(
+            self._hub.candidates(), max(0, missing), [*have, *failed], self._draw
+        )
 
     async def replicate(
         self, chunk: int, version: int, sources: list[bytes], targets: list[bytes]
@@ -240,6 +254,8 @@ class Grants:
             source = self._hub.servers[sources[at % len(sources)]]
             orders[target] = m.Replicate(self._term(), chunk, version, source.host, source.port)
         made = await self._hub.order_all(orders)
+        if len(made) < len(targets):
+            self.doubt(chunk)  # a lost answer may hide a copy
         for uuid in made:
             log.info("replicated", chunk=f"{chunk:016X}", version=version, to=uuid.hex())
         return made

@@ -1,0 +1,1 @@
+"""Consensus: pysyncobj made safe, its durable journal, snapshots, identities, the asyncio driver."""

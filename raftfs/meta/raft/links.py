@@ -1,0 +1,178 @@
+"""The links between replicas: who dials whom, who is let in, and pysyncobj's transport seam.
+
+Of two voters the one with the greater name dials; who joins or only learns dials everybody. A new
+link of a peer replaces its old one, whose late messages are ignored.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from pysyncobj.node import Node
+from pysyncobj.transport import Transport
+
+from raftfs.errors import LinkError, UserError
+from raftfs.meta.raft.messages import Message, PeerName, Refused
+from raftfs.wire import rpc
+from raftfs.wire.auth import ClusterKey
+from raftfs.wire.rpc import Link
+
+log = structlog.get_logger("raftfs.raft.links")
+
+_DIAL_TIMEOUT_S = 1.0
+_DIAL_AGAIN_S = 0.1
+
+
+class Links(Transport):  # type: ignore[misc]
+    """Messages to nodes by name. The owner says who may connect and takes what arrives."""
+
+    def __init__(
+        self,
+        me: PeerName,
+        peers: list[str],
+        key: ClusterKey,
+        refusal: Callable[[PeerName], str | None],
+        receive: Callable[[Node, Any], None],
+        refused: Callable[[str, str], None],
+    ) -> None:
+        """`refusal(peer)` gives why a peer must stay out, or None. `refused(peer, reason)`: they
+        keep us out."""
+        super().__init__(None, None, [])
+        self.me = me
+        self._peers = peers
+        self._key = key
+        self._refusal = refusal
+        self._receive = receive
+        self._refused = refused
+        self._links: dict[str, Link] = {}
+        self._nodes: dict[str, Node] = {}
+        self._server: rpc.Server | None = None
+        self._dialers: list[asyncio.Task[None]] = []
+        self._told: set[tuple[str, bytes]] = set()
+        self.vote_request: Callable[[], Any] | None = None
+
+    # --- pysyncobj's seam
+
+    @property
+    def ready(self) -> bool:
+        """pysyncobj asks before it works."""
+        return True
+
+    def send(self, node: Node, message: Any) -> bool:
+        """Send to a node; False if it is not connected."""
+        link = self._links.get(node.id)
+        if link is None:
+            return False
+        if isinstance(message, dict):  # pysyncobj's own form; only its vote requests are left
+            assert message["type"] == "request_vote" and self.vote_request is not None
+            message = self.vote_request()
+        link.notify(message)
+        return True
+
+    # --- life
+
+    async def start(self) -> None:
+        """Listen (voters and joining ones, to keep their port) and dial. UserError: port busy."""
+        host, _, port = self.me.name.rpartition(":")
+        if port:
+            try:
+                self._server = await rpc.serve(
+                    host, int(port), incoming=Message, handler=self._message, key=self._key,
+                    role="replica", name=self.me.pack(), on_open=self._opened,
+                    on_close=self._closed,
+                )  # fmt: skip
+            except OSError as e:
+                raise UserError(
+                    f"cannot listen on {self.me.name} (Raft): {e.strerror}; is another master "
+                    "running, or is the address not this machine's?"
+                ) from None
+        for peer in self._peers:
+            if peer != self.me.name and (not self.me.voter or peer < self.me.name):
+                self._dialers.append(asyncio.ensure_future(self._dial(peer)))
+
+    async def stop(self) -> None:
+        """Close everything."""
+        for task in self._dialers:
+            task.cancel()
+        await asyncio.gather(*self._dialers, return_exceptions=True)
+        self._dialers.clear()
+        if self._server is not None:
+            await self._server.close()
+        for link in list(self._links.values()):
+            link.close()
+
+    def connected(self) -> list[str]:
+        """Names of the nodes that are connected."""
+        return sorted(self._links)
+
+    def announce(self) -> None:
+        """Tell a newly made core of the nodes that are connected already."""
+        for name in list(self._links):
+            self._up(name)
+
+    async def _dial(self, peer: str) -> None:
+        host, _, port = peer.rpartition(":")
+        while True:
+            try:
+                link = await rpc.connect(
+                    host, int(port), incoming=Message, handler=self._message, key=self._key,
+                    role="replica", name=self.me.pack(), timeout_s=_DIAL_TIMEOUT_S,
+                    on_close=self._closed,
+                )  # fmt: skip
+            except LinkError:
+                await asyncio.sleep(_DIAL_AGAIN_S)
+                continue
+            self._opened(link)
+            await asyncio.shield(link.closed)
+            await asyncio.sleep(_DIAL_AGAIN_S)
+
+    def _opened(self, link: Link) -> None:
+        try:
+            peer = PeerName.parse(link.name)
+        except ValueError:
+            log.warning("not a replica", peer=link.peer, name=link.name)
+            link.close()
+            return
+        reason = self._refusal(peer)
+        if reason is not None:
+            if (peer.name, peer.uuid) not in self._told:
+                self._told.add((peer.name, peer.uuid))
+                log.warning("replica refused", peer=peer.name, reason=reason)
+            link.notify(Refused(reason))
+            link.close()
+            return
+        name = peer.name if peer.voter else f"{peer.name}#{peer.uuid.hex()}"
+        old = self._links.get(name)
+        link.context = name
+        self._links[name] = link
+        if old is not None:
+            old.close()
+        self._nodes.setdefault(name, Node(name))
+        self._up(name)
+
+    def _up(self, name: str) -> None:
+        if "#" in name:
+            self._onReadonlyNodeConnected(self._nodes[name])
+        else:
+            self._onNodeConnected(self._nodes[name])
+
+    def _closed(self, link: Link) -> None:
+        name = link.context
+        if name is None or self._links.get(name) is not link:
+            return
+        del self._links[name]
+        node = self._nodes[name]
+        if "#" in name:
+            del self._nodes[name]
+            self._onReadonlyNodeDisconnected(node)
+        else:
+            self._onNodeDisconnected(node)
+
+    def _message(self, link: Link, message: Any) -> None:
+        if isinstance(message, Refused):
+            self._refused(link.name.partition("|")[0], message.reason)
+            return
+        name = link.context
+        if name is not None and self._links.get(name) is link:
+            self._receive(self._nodes[name], message)

@@ -1,0 +1,513 @@
+"""One replica: the safe Raft node driven by asyncio, its checkpoints, snapshots and membership.
+
+Life: `start` loads identity and journal, opens the links, waits until every peer was met once (first
+start only), then the node runs: each message or proposal schedules one `_run` for the end of the
+loop's turn (replicate, make durable, acknowledge, commit, apply), and a timer does so every 10 ms.
+Tasks: `_checkpoints` (freeze in the loop, write in a thread, thaw in the loop, compact the journal).
+
+Whatever must not be survived (journal error, bug in apply, damaged state) resolves `failed`; the
+owner stops the process. Nothing is served from then on.
+"""
+
+import asyncio
+import time
+import uuid as uuid_module
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import structlog
+from pysyncobj.node import Node
+
+from raftfs.errors import NotLeader, RaftfsError, UserError
+from raftfs.meta.raft.identity import Identity
+from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.raft.links import Links
+from raftfs.meta.raft.messages import PeerName, SnapshotNext, SnapshotPiece
+from raftfs.meta.raft.safety import LEADER, SafeSyncObj
+from raftfs.meta.raft.snapshot import SnapshotReceiver, SnapshotSender
+from raftfs.meta.state.apply import Applied
+from raftfs.wire.auth import ClusterKey
+from raftfs.wire.ops import Batch, Command, Digest, Found, Op, ReplaceMember, encode_batch
+
+log = structlog.get_logger("raftfs.raft")
+
+_TICK_S = 0.01
+_HAND_OVER_S = 0.5
+
+
+class ReplicaConfig(NamedTuple):
+    """`name` and `peers` are `host:port`; `peers` contains `name` unless this is a learner."""
+
+    name: str
+    peers: tuple[str, ...]
+    data_dir: Path
+    learner: bool = False
+    replace: bool = False
+    checkpoint_rows: int = 50_000  # overlay rows that make a checkpoint due
+    checkpoint_every_s: float = 10.0
+    tail_entries: int = 10_000  # kept behind the checkpoint for followers that lag
+    tail_bytes: int = 64 << 20
+    digest_every: int = 2_000
+
+
+class Machine(Protocol):
+    """What the replica drives; `meta.store.MetaStore` is the real one."""
+
+    applied: tuple[int, int]
+    checkpointed: tuple[int, int]
+
+    def apply_entry(self, index: int, term: int, data: bytes) -> list[Applied]:
+        """Apply one entry; raises only for bugs."""
+
+    def members(self) -> dict[str, bytes]:
+        """Voters' identities."""
+
+    def dirty(self) -> int:
+        """Rows changed since the last checkpoint."""
+
+    def freeze(self) -> bool:
+        """Begin a checkpoint."""
+
+    def write_frozen(self) -> None:
+        """In a thread: write it."""
+
+    def thaw(self) -> None:
+        """It is durable."""
+
+    def copy_to(self, path: Path) -> tuple[int, int]:
+        """In a thread: copy the last checkpoint."""
+
+    def install(self, path: Path) -> None:
+        """Become the state in the file."""
+
+    def index_of(self, path: Path) -> tuple[int, int]:
+        """Index and term of the state in a file. UserError if it is none."""
+
+    def digest(self) -> bytes:
+        """Of the state now."""
+
+
+class Replica:
+    """A member of the cluster, or a learner."""
+
+    def __init__(self, config: ReplicaConfig, machine: Machine, key: ClusterKey) -> None:
+        _check_peers(config)
+        self.config = config
+        self.machine = machine
+        self._key = key
+        self._loop = asyncio.get_running_loop()
+        self._core: SafeSyncObj | None = None
+        self._links: Links | None = None
+        self._scheduled = False
+        self._proposed = False
+        self._stopped = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._all_met = asyncio.Event()
+        self._checkpoint_lock = asyncio.Lock()
+        self._known_role: tuple[bool, int, str] = (False, 0, "")
+        self._known_members: dict[str, bytes] = {}
+        self._digest_index = 0
+        self._membership_asked = 0.0
+        self.on_role: list[Callable[[], None]] = []
+        self.on_applied: list[Callable[[int, bytes, list[Applied]], None]] = []
+        self.failed: asyncio.Future[None] = self._loop.create_future()
+
+    # --- life
+
+    async def start(self) -> None:
+        """Join the cluster. UserError if this replica must not or cannot."""
+        folder = self.config.data_dir
+        voter = not (self.config.learner or self.config.replace)
+        self._identity = Identity.load_or_create(
+            folder / "identity.cbor", self.config.name, voter=voter
+        )
+        if self._identity.voter != voter and self.config.replace:
+            log.info("already replaced; --replace is not needed any more")
+        self._journal = DurableJournal(folder / "journal")
+        self._check_journal()
+        self._known_members = self.machine.members()
+        self._sender = SnapshotSender(
+            folder, self.machine.copy_to, self._send, self._snapshot_taken
+        )
+        self._receiver = SnapshotReceiver(
+            folder, lambda: self.machine.applied[0], self._install, self._send
+        )
+        await self._open_links()
+        await self._meet_everybody()
+        self._make_core()
+        self._tasks.append(asyncio.ensure_future(self._checkpoints()))
+        self._on_timer()
+
+    def _check_journal(self) -> None:
+        """State and journal must overlap, or something acknowledged is missing."""
+        journal, (index, term) = self._journal, self.machine.checkpointed
+        if index == 0:
+            if journal.first_index > 1:
+                raise UserError(
+                    f"{self.config.data_dir}: the journal begins at entry {journal.first_index}, "
+                    "but the metadata file is new: it was lost; replace this master"
+                )
+            return
+        inside = journal.first_index <= index <= journal.last_index
+        if not inside or journal.term_at(index) != term:
+            raise UserError(
+                f"{self.config.data_dir}: the metadata file is at entry {index}, the journal has "
+                f"{journal.first_index} to {journal.last_index}: one of them was lost or replaced; "
+                "replace this master"
+            )
+
+    def _me(self) -> PeerName:
+        identity = self._identity
+        joining = not identity.voter and not self.config.learner
+        return PeerName(identity.name, identity.uuid, identity.voter, joining)
+
+    async def _open_links(self) -> None:
+        self._links = Links(
+            self._me(), list(self.config.peers), self._key, self._refusal, self._received,
+            self._refused,
+        )  # fmt: skip
+        await self._links.start()
+
+    def _make_core(self) -> None:
+        assert self._links is not None
+        if not len(self._journal):
+            self._journal.add(b"\x01", 1, 0)  # every log begins with this entry
+        if self.machine.applied[0] == 0:
+            self.machine.apply_entry(1, 0, b"")
+        others = [p for p in self.config.peers if p != self.config.name]
+        self._core = SafeSyncObj(
+            self.config.name if self._identity.voter else None, others, self._journal,
+            self._links, self._apply, self._sender.offer, self.machine.applied[0],
+        )  # fmt: skip
+        self._links.vote_request = self._core.vote_request
+        self._links.announce()
+
+    async def stop(self) -> None:
+        """Hand leadership over, if held, and stop. The journal has everything."""
+        if self._core is not None and not self.failed.done():
+            await self._hand_over()
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._links is not None:
+            await self._links.stop()
+            await self._sender.stop()
+            await self._receiver.stop()
+            self._journal._destroy()
+
+    async def _hand_over(self) -> None:
+        assert self._core is not None
+        until = time.monotonic() + _HAND_OVER_S
+        if self._core.hand_over() is None:
+            return
+        while self._core.state == LEADER and time.monotonic() < until:
+            await asyncio.sleep(_TICK_S)
+
+    def _fail(self, error: BaseException) -> None:
+        """This node must not go on."""
+        if not self.failed.done():
+            log.error("replica stops", reason=str(error), exc_info=error)
+            self._stopped = True
+            self.failed.set_exception(error)
+
+    # --- who may connect
+
+    def _known(self) -> dict[str, bytes]:
+        return self._known_members or self._identity.peers
+
+    def _refusal(self, peer: PeerName) -> str | None:
+        """Why a peer must stay out; learns the identities of peers that it meets first."""
+        if not peer.voter and not peer.joining:
+            return None
+        if peer.name not in self.config.peers:
+            return f"master {peer.name} is not one of {','.join(self.config.peers)}"
+        known = self._known().get(peer.name)
+        if peer.joining:
+            return None if known else f"master {peer.name} cannot be replaced: nobody knew it yet"
+        if known is None:
+            self._identity.learn(peer.name, peer.uuid)
+            known = peer.uuid
+        if known != peer.uuid:
+            return (
+                f"master {peer.name} lost its data: its old identity has votes and "
+                "acknowledgements that this one forgot, so it may not take part; bring it back "
+                f"with `raftfs cluster replace`, or start it on an empty folder with --replace"
+            )
+        if all(p in self._identity.peers for p in self.config.peers if p != self.config.name):
+            self._all_met.set()
+        if self._core is not None:
+            self._core.node_replaced(Node(peer.name))
+        return None
+
+    def _refused(self, peer: str, reason: str) -> None:
+        error = UserError(f"{reason} (said {peer})")
+        if not self._identity.peers or not self._all_met.is_set():
+            self._fail_quietly(error)
+        else:
+            log.warning("refused by a peer", peer=peer, reason=reason)
+
+    def _fail_quietly(self, error: UserError) -> None:
+        if not self.failed.done():
+            self._stopped = True
+            self.failed.set_exception(error)
+        self._all_met.set()
+
+    async def _meet_everybody(self) -> None:
+        """A new voter takes part only when it knows the identity of every other."""
+        others = [p for p in self.config.peers if p != self.config.name]
+        if not self._identity.voter or all(p in self._identity.peers for p in others):
+            self._all_met.set()
+        while not self._all_met.is_set():
+            try:
+                await asyncio.wait_for(self._all_met.wait(), 5.0)
+            except TimeoutError:
+                missing = [p for p in others if p not in self._identity.peers]
+                log.info("first start: waiting for the other masters", missing=missing)
+        if self.failed.done():
+            self.failed.result()
+
+    # --- the run of the node
+
+    def _received(self, node: Node, message: Any) -> None:
+        if self._core is None or self._stopped:
+            return
+        try:
+            if isinstance(message, SnapshotPiece):
+                self._receiver.piece(node, message)
+            elif isinstance(message, SnapshotNext):
+                self._sender.answered(node, message)
+            else:
+                self._core.receive(node, message)
+        except Exception as e:
+            self._fail(e)
+        self._kick()
+
+    def _send(self, node: Node, message: Any) -> bool:
+        return self._links is not None and self._links.send(node, message)
+
+    def _kick(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._run)
+
+    def _on_timer(self) -> None:
+        if not self._stopped:
+            self._timer = self._loop.call_later(_TICK_S, self._on_timer)
+            self._kick()
+
+    def _run(self) -> None:
+        self._scheduled = False
+        core = self._core
+        if self._stopped or core is None:
+            return
+        try:
+            if self._proposed and core.state == LEADER:
+                core.replicate()  # followers write while this node does
+            self._proposed = False
+            self._sender.term = core.term
+            core.tick()
+            self._look_around(core)
+        except Exception as e:
+            self._fail(e)
+
+    def _look_around(self, core: SafeSyncObj) -> None:
+        """After a turn: news of roles, the leader's own chores."""
+        if core.leads:
+            self._lead(core)
+        role = (core.leads, core.term, self.leader)
+        if role != self._known_role:
+            self._known_role = role
+            for callback in self.on_role:
+                callback()
+
+    def _lead(self, core: SafeSyncObj) -> None:
+        now = time.monotonic()
+        if now - self._membership_asked > 1.0:
+            self._membership_asked = now
+            if not self._known_members:
+                uuid = uuid_module.uuid4().bytes
+                everybody = self._identity.peers | {self.config.name: self._identity.uuid}
+                self._propose_own(Found(uuid, everybody))
+            self._promote_joined(core)
+        quiet = core.last_applied == core.journal.last_index
+        if quiet and core.last_applied - self._digest_index >= self.config.digest_every:
+            # Nothing is under way, so the next entry will meet exactly this state.
+            self._digest_index = core.last_applied
+            self._propose_own(Digest(self.machine.digest()))
+
+    def _promote_joined(self, core: SafeSyncObj) -> None:
+        for node in core.learners:
+            name, _, uuid = node.id.partition("#")
+            caught_up = core.match_index.get(node, 0) >= core.commit_index
+            known = self._known_members.get(name)
+            if known is not None and known.hex() != uuid and caught_up:
+                log.info("replacement caught up", name=name, uuid=uuid)
+                self._propose_own(ReplaceMember(name, bytes.fromhex(uuid)))
+
+    def _propose_own(self, op: Op) -> None:
+        batch = Batch(time.time_ns(), [Command(0, 0, op)])
+        future = self.submit(encode_batch(batch))
+        future.add_done_callback(lambda f: f.cancelled() or f.exception())
+
+    def _apply(self, index: int, term: int, data: bytes) -> list[Applied]:
+        applied = self.machine.apply_entry(index, term, data)
+        for one in applied:
+            if isinstance(one.command.op, Found | ReplaceMember):
+                self._loop.call_soon(self._members_changed)
+        for callback in self.on_applied:
+            callback(index, data, applied)
+        return applied
+
+    def _members_changed(self) -> None:
+        """The state names other voters: believe it, and take our own place if it names us."""
+        if self._stopped:
+            return
+        self._known_members = self.machine.members()
+        for name, uuid in self._known_members.items():
+            if name != self.config.name and self._identity.peers.get(name) != uuid:
+                self._identity.learn(name, uuid)
+        mine = self._known_members.get(self.config.name)
+        if mine == self._identity.uuid and not self._identity.voter:
+            self._tasks.append(asyncio.ensure_future(self._become_voter()))
+
+    async def _become_voter(self) -> None:
+        log.info("this replica votes from now on", name=self.config.name)
+        assert self._links is not None
+        self._core = None
+        await self._links.stop()
+        self._identity.promote()
+        await self._open_links()
+        self._make_core()
+
+    # --- proposals and reads
+
+    def submit(self, data: bytes) -> "asyncio.Future[list[Applied]]":
+        """Commit and apply an entry. NotLeader at once; the future may give OutcomeUnknown."""
+        core = self._core
+        if core is None or self._stopped or not core.leads:
+            raise NotLeader
+        future: asyncio.Future[list[Applied]] = self._loop.create_future()
+
+        def done(result: Any, error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        core.propose(data, done)
+        self._proposed = True
+        self._kick()
+        return future
+
+    async def read_barrier(self) -> None:
+        """Return when the state is as new as everything acknowledged before the call. NotLeader."""
+        core = self._core
+        if core is None or self._stopped:
+            raise NotLeader
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def done(error: Exception | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        core.read_index(done)
+        self._kick()
+        await future
+
+    # --- checkpoints and snapshots
+
+    async def _checkpoints(self) -> None:
+        last = time.monotonic()
+        while not self._stopped:
+            await asyncio.sleep(0.2)
+            many = self.machine.dirty() >= self.config.checkpoint_rows
+            large = self._journal.bytes_kept > 2 * self.config.tail_bytes
+            old = time.monotonic() - last > self.config.checkpoint_every_s
+            if many or large or old:
+                await self._checkpoint()
+                last = time.monotonic()
+
+    async def _checkpoint(self) -> None:
+        async with self._checkpoint_lock:
+            try:
+                if not self.machine.freeze():
+                    return
+                await asyncio.to_thread(self.machine.write_frozen)
+                self.machine.thaw()
+                index = self.machine.checkpointed[0]
+                self._journal.compact(index, self.config.tail_entries, self.config.tail_bytes)
+            except asyncio.CancelledError:
+                raise
+            except Exception as e:
+                self._fail(e)
+
+    def _snapshot_taken(self, node: Node, index: int) -> None:
+        if self._core is not None:
+            self._core.sent_snapshot(node, index)
+
+    async def _install(self, path: Path, index: int, term: int) -> None:
+        if self.machine.index_of(path) != (index, term):
+            raise RaftfsError(f"snapshot is not the state at {index}")
+        async with self._checkpoint_lock:
+            core = self._core
+            if core is None or self._stopped or index <= core.last_applied:
+                return
+            self.machine.install(path)
+            core.snapshot_installed(index, term)
+            self._members_changed()
+
+    # --- what others ask
+
+    @property
+    def is_leader(self) -> bool:
+        """Leads, and knows everything that older leaders committed."""
+        return self._core is not None and not self._stopped and self._core.leads
+
+    @property
+    def term(self) -> int:
+        """The current term."""
+        return self._core.term if self._core is not None else 0
+
+    @property
+    def leader(self) -> str:
+        """Name of the leader of the current term, "" if none is known."""
+        core = self._core
+        if core is None or core.leader_node is None:
+            return ""
+        return str(core.leader_node.id)
+
+    @property
+    def commit_index(self) -> int:
+        """Up to where the log is known to be committed."""
+        return self._core.commit_index if self._core is not None else 0
+
+    @property
+    def last_index(self) -> int:
+        """The end of this replica's log."""
+        return self._journal.last_index if self._core is not None else 0
+
+    def peers_connected(self) -> list[tuple[str, bool]]:
+        """The other voters, and which of them are connected."""
+        up = set(self._links.connected()) if self._links is not None else set()
+        return [(p, p in up) for p in self.config.peers if p != self.config.name]
+
+
+def _check_peers(config: ReplicaConfig) -> None:
+    if len(config.peers) == 2:
+        raise UserError(
+            "--peers names two masters: with two, losing either stops both, which is worse than "
+            "one; give one or at least three"
+        )
+    if config.name not in config.peers and not config.learner:
+        raise UserError(f"{config.name} is not among --peers {','.join(config.peers)}")

@@ -1,0 +1,559 @@
+"""pysyncobj with its faults cured: what each override is for stands at the override.
+
+pysyncobj 0.3.17 gives the roles, terms, elections, the commit rule and the tick. As shipped it
+acknowledges before anything is durable, truncates without a conflict, counts stale
+acknowledgements, applies twice when a callback raises, serves stale reads and loads damaged
+snapshots as empty ones. Its private methods are overridden under their mangled names, so exactly
+this version is required; `check_pysyncobj` holds the hashes of the sources that were audited.
+
+No method here awaits or blocks except for the journal's fdatasync. Time is
+`pysyncobj.syncobj.monotonicTime`, chance `pysyncobj.syncobj.random` (the simulator replaces both).
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pysyncobj
+import structlog
+from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, syncobj
+from pysyncobj.journal import Journal
+from pysyncobj.node import Node
+
+from raftfs.errors import NotLeader, OutcomeUnknown, RaftfsError, UserError, invariant
+from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.raft.messages import (
+    Ack,
+    Append,
+    CampaignNow,
+    Contact,
+    PreVote,
+    PreVoteAnswer,
+    Vote,
+    VoteGiven,
+)
+
+log = structlog.get_logger("raftfs.raft")
+
+FOLLOWER, CANDIDATE, LEADER = 0, 1, 2
+REGULAR, NO_OP = b"\x00", b"\x01"
+APPEND_BYTES = 1 << 20  # per message; a batch entry is at most about this
+WINDOW_ENTRIES = 2_000  # sent but not acknowledged, per follower
+
+# The sources that were read line by line; another version may have moved what is overridden.
+_AUDITED = {
+    "syncobj.py": "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1cfe4",
+    "journal.py": "9cf1eaf6acc704581a4cf7d3de330a404403913107adc91c929778b7e3f35edf",
+    "transport.py": "0c9d89f9c4781ec9772df8011d7975a1a4a1a5f541357e12eae85a813e92b50b",
+    "serializer.py": "4d39fde2f15000ad8f507ec229ebd4f6a86371b6f84d4dc1439a9cccd52857ee",
+}
+
+
+def check_pysyncobj() -> None:
+    """UserError unless the installed pysyncobj is the audited one."""
+    folder = Path(pysyncobj.__file__).parent
+    for name, digest in _AUDITED.items():
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise UserError(
+                f"pysyncobj's {name} is not that of 0.3.17, for which raftfs' safety overrides are "
+                "written: install pysyncobj==0.3.17"
+            )
+
+
+class _NoPoller:
+    """pysyncobj's poller seam: the event loop owns the sockets."""
+
+    def subscribe(self, *_: Any) -> None:
+        """Nothing."""
+
+    def unsubscribe(self, *_: Any) -> None:
+        """Nothing."""
+
+    def poll(self, timeout: float) -> None:
+        """Nothing."""
+
+
+def _hook_pysyncobj() -> None:
+    """Let it take our journal object, and keep it from making a poller or a pipe."""
+    original = syncobj.createJournal
+    syncobj.createJournal = lambda j: j if isinstance(j, Journal) else original(j)
+    syncobj.createPoller = lambda kind: _NoPoller()
+    syncobj.PIPE_NOTIFIER_ENABLED = False
+
+
+_hook_pysyncobj()
+
+
+def _private(name: str) -> Any:
+    """A private field of SyncObj under a plain name."""
+    mangled = f"_SyncObj__{name}"
+
+    def get(self: Any) -> Any:
+        return self.__dict__.get(mangled)
+
+    def set_(self: Any, value: Any) -> None:
+        self.__dict__[mangled] = value
+
+    return property(get, set_)
+
+
+class Timings:
+    """Seconds. An election begins when nothing was heard for a time between `low` and `high`."""
+
+    low_s = 0.3
+    high_s = 0.6
+    heartbeat_s = 0.05
+    fallback_s = 0.6  # a leader that hears no majority for so long steps down
+
+
+class SafeSyncObj(SyncObj):  # type: ignore[misc]
+    """One Raft node. The owner feeds messages, ticks it, and gets entries to apply."""
+
+    term = _private("raftCurrentTerm")
+    state = _private("raftState")
+    leader_node = _private("raftLeader")
+    commit_index = _private("raftCommitIndex")
+    last_applied = _private("raftLastApplied")
+    journal = _private("raftLog")
+    match_index = _private("raftMatchIndex")
+    next_index = _private("raftNextIndex")
+    voters = _private("otherNodes")
+    learners = _private("readonlyNodes")
+    connected = _private("connectedNodes")
+    voted_for = _private("votedForNodeId")
+    noop_index = _private("noopIDx")
+    election_deadline = _private("raftElectionDeadline")
+    last_response = _private("lastResponseTime")
+    heartbeat_due = _private("newAppendEntriesTime")
+    waiting_commit = _private("commandsWaitingCommit")
+
+    def __init__(
+        self,
+        me: str | None,
+        others: list[str],
+        journal: DurableJournal,
+        transport: Any,
+        apply: Callable[[int, int, bytes], Any],
+        send_snapshot: Callable[[Node], None],
+        applied: int = 1,
+    ) -> None:
+        """`me` None: a learner. `apply(index, term, command)` raises only to stop the node.
+
+        `send_snapshot(node)` is called each heartbeat for a node that needs one. `applied`: the
+        index up to which the state machine is already.
+        """
+        check_pysyncobj()
+        self._apply = apply
+        self._send_snapshot = send_snapshot
+        self._acks: list[tuple[Node, Ack]] = []
+        self._round = 0  # numbers the leader's appends; acknowledgements name the round
+        self._acked_round: dict[Node, int] = {}
+        self._reset_round: dict[Node, int] = {}
+        self._votes: set[Node] = set()
+        self._pre_term = 0
+        self._pre_votes: set[Node] = set()
+        self._campaign = False  # pre-vote won, or the leader asked for an election
+        self._transferring = False
+        self._leader_heard = float("-inf")
+        self._reads: list[tuple[int, int, Callable[[Exception | None], None]]] = []
+        conf = SyncObjConf(
+            autoTick=False, journalFile=journal, fullDumpFile=None, useFork=False,
+            dynamicMembershipChange=False, commandsWaitLeader=False, appendEntriesUseBatch=True,
+            raftMinTimeout=Timings.low_s, raftMaxTimeout=Timings.high_s,
+            appendEntriesPeriod=Timings.heartbeat_s, leaderFallbackTimeout=Timings.fallback_s,
+            connectionTimeout=max(1.5, Timings.high_s), logCompactionMinEntries=2**62,
+            logCompactionMinTime=2**31, commandsQueueSize=100_000,
+        )  # fmt: skip
+        super().__init__(Node(me) if me else None, [Node(o) for o in others], conf,
+                         transport=transport)  # fmt: skip
+        self._transport_ = transport
+        self.last_applied = self.commit_index = applied
+        self.is_learner = me is None
+
+    # --- durability: nothing is told, counted or applied before it is on the disk
+
+    def tick(self) -> None:
+        """One round of pysyncobj's work, behind the barrier."""
+        self._onTick(0.0)
+
+    def _onTick(self, timeToWait: float = 0.0) -> None:  # noqa: N802, N803
+        self.settle()
+        super()._onTick(0.0)
+        self._transferring = self._transferring and self._campaign
+        self._answer_reads()
+
+    def settle(self) -> None:
+        """Make the journal durable, then let the acknowledgements go that say so."""
+        self.journal.sync()
+        acks, self._acks = self._acks, []
+        for node, ack in acks:
+            self._transport_.send(node, ack)
+
+    def _SyncObj__onBecomeLeader(self) -> None:  # noqa: N802
+        self._acked_round.clear()
+        self._reset_round.clear()
+        super()._SyncObj__onBecomeLeader()
+        self.journal.sync()  # a single node would commit its no-op within this tick
+
+    # --- proposals and reads
+
+    def propose(self, command: bytes, done: Callable[[Any, Exception | None], None]) -> None:
+        """Append to the log. `done(result, error)` is called once: applied, or OutcomeUnknown."""
+        if self.state != LEADER:
+            raise NotLeader
+
+        def callback(result: Any, reason: int) -> None:
+            unknown = None if reason == FAIL_REASON.SUCCESS else OutcomeUnknown()
+            done(result, unknown)
+
+        self._applyCommand(command, callback, REGULAR[0])
+        self._checkCommandsToApply()
+
+    def replicate(self) -> None:
+        """Send what is new now, before it is durable here: followers write it meanwhile."""
+        self._SyncObj__sendAppendEntries()
+
+    def read_index(self, done: Callable[[Exception | None], None]) -> None:
+        """Call `done(None)` once the state has everything committed before now, by a leader's word.
+
+        The leader is still the leader if a majority answers a round sent after now; its own no-op
+        must be applied, or it may not yet know what older leaders committed.
+        """
+        if not self.leads:
+            done(NotLeader())
+            return
+        self._reads.append((self._round + 1, self.commit_index, done))
+        self.heartbeat_due = 0.0
+
+    @property
+    def leads(self) -> bool:
+        """Leader, and everything that older leaders committed is applied."""
+        return self.state == LEADER and self.last_applied >= self.noop_index
+
+    def _answer_reads(self) -> None:
+        if not self._reads:
+            return
+        rounds = sorted((self._acked_round.get(n, 0) for n in self.voters), reverse=True)
+        needed = len(self.voters) // 2 + len(self.voters) % 2  # others that make a majority with us
+        confirmed = rounds[needed - 1] if needed else self._round + 1
+        rest = []
+        for read in self._reads:
+            if read[0] <= confirmed and read[1] <= self.last_applied:
+                read[2](None)
+            else:
+                rest.append(read)
+        self._reads = rest
+
+    # --- receiving
+
+    def receive(self, node: Node, message: Any) -> None:
+        """A message of a connected node."""
+        self._SyncObj__onMessageReceived(node, message)
+
+    def _SyncObj__onMessageReceived(self, node: Node, message: Any) -> None:  # noqa: N802
+        handler = self._HANDLERS.get(type(message))
+        invariant(handler is not None, f"unknown message {type(message)}")
+        assert handler is not None
+        handler(self, node, message)
+
+    def _on_append(self, node: Node, m: Append) -> None:
+        if m.term < self.term:
+            self._transport_.send(node, Ack(self.term, 0, 0, False, False))
+            return
+        self._follow(node, m.term)
+        prev, prev_term, entries = m.prev_index, m.prev_term, m.entries
+        first, last = self.journal.first_index, self.journal.last_index
+        if prev < first:
+            # What lies before our first entry is compacted, so committed, so the same everywhere.
+            covered = prev + len(entries)
+            if covered <= first:
+                self._ack(node, m.seq, covered + 1, matched=True)
+                return
+            entries, prev, prev_term = entries[first - prev :], first, self.journal.term_at(first)
+        if prev > last or self.journal.term_at(prev) != prev_term:
+            self._ack(node, m.seq, self._retreat(prev), reset=True)
+            return
+        self._take_entries(prev, entries)
+        verified = prev + len(entries)
+        # Only what was compared with the leader's log may be called committed.
+        self.commit_index = max(self.commit_index, min(m.commit, verified))
+        self._SyncObj__leaderCommitIndex = self.commit_index
+        self._ack(node, m.seq, verified + 1, matched=True)
+
+    def _take_entries(self, prev: int, entries: list[Any]) -> None:
+        """Append what is new; cut our log only where it truly differs."""
+        last = self.journal.last_index
+        for at, (_, index, term) in enumerate(entries):
+            if index > last or self.journal.term_at(index) != term:
+                if index <= last:
+                    invariant(index > self.commit_index, "a committed entry would be cut")
+                    self.journal.deleteEntriesFrom(index - self.journal.first_index)
+                for entry in entries[at:]:
+                    self.journal.add(*entry)
+                return
+
+    def _retreat(self, prev: int) -> int:
+        """Where the leader should try next: the start of our term at `prev`, or our log's end."""
+        last = self.journal.last_index
+        if prev > last:
+            return int(last + 1)
+        term, index = self.journal.term_at(prev), prev
+        lowest = max(self.journal.first_index + 1, self.commit_index + 1)
+        while index > lowest and self.journal.term_at(index - 1) == term:
+            index -= 1
+        return index
+
+    def _ack(
+        self, node: Node, seq: int, next_index: int, *, matched: bool = False, reset: bool = False
+    ) -> None:
+        self._acks.append((node, Ack(self.term, seq, next_index, matched, reset)))
+
+    def _follow(self, node: Node, term: int) -> None:
+        """A leader of this or a higher term has spoken."""
+        invariant(not (term == self.term and self.state == LEADER), "two leaders in one term")
+        now = syncobj.monotonicTime()
+        if term > self.term:
+            self._SyncObj__setCurrentTerm(term, None)
+            self._transferring = False
+        self._leader_heard = now
+        if not self._transferring:
+            self.election_deadline = now + self._SyncObj__generateRaftTimeout()
+        self.leader_node = node
+        self._SyncObj__setState(FOLLOWER)
+
+    def _on_contact(self, node: Node, m: Contact) -> None:
+        if m.term >= self.term:
+            self._follow(node, m.term)
+        self._ack(node, m.seq, 0)
+
+    def _on_ack(self, node: Node, m: Ack) -> None:
+        if m.term > self.term:
+            self._step_down(m.term)
+            return
+        if m.term < self.term or self.state != LEADER or node not in self.match_index:
+            return  # of an older leadership, or of nobody: it proves nothing now
+        self._acked_round[node] = max(self._acked_round.get(node, 0), m.seq)
+        self.last_response[node] = syncobj.monotonicTime()
+        if m.matched:
+            self.match_index[node] = max(self.match_index[node], m.next_index - 1)
+            self.next_index[node] = max(self.next_index[node], m.next_index)
+        elif m.reset and m.seq > self._reset_round.get(node, 0):
+            # Appends that were under way will be refused too: only the first of them counts.
+            self._reset_round[node] = self._round
+            self.next_index[node] = max(m.next_index, self.match_index[node] + 1)
+            self.heartbeat_due = 0.0
+        if self.next_index[node] <= self.journal.last_index:
+            self.heartbeat_due = 0.0
+
+    def _step_down(self, term: int) -> None:
+        if term > self.term:
+            self._SyncObj__setCurrentTerm(term, None)
+        self.leader_node = None
+        self._SyncObj__setState(FOLLOWER)
+
+    # --- elections
+
+    def _up_to_date(self, m: Vote | PreVote) -> bool:
+        mine = (self.journal[-1][2], self.journal[-1][1])
+        return (m.last_term, m.last_index) >= mine
+
+    def _has_leader(self) -> bool:
+        """A leader was heard within the shortest election timeout, or is this node, confirmed."""
+        now = syncobj.monotonicTime()
+        if self.state == LEADER:
+            limit = now - Timings.low_s
+            heard = sum(self.last_response.get(n, limit) > limit for n in self.voters)
+            return 2 * (heard + 1) > len(self.voters) + 1
+        return self.leader_node is not None and now - self._leader_heard < Timings.low_s
+
+    def _on_vote(self, node: Node, m: Vote) -> None:
+        """As Raft has it, but a node that hears its leader is not to be disturbed (stickiness)."""
+        if self.is_learner or (not m.transfer and self._has_leader()):
+            return
+        if m.term > self.term:
+            self._step_down(m.term)
+        if m.term < self.term or self.state == LEADER or not self._up_to_date(m):
+            return
+        if self.voted_for not in (None, node.id):
+            return
+        self._SyncObj__setCurrentTerm(self.term, node.id)  # durable before it is told
+        self.election_deadline = syncobj.monotonicTime() + self._SyncObj__generateRaftTimeout()
+        self._transport_.send(node, VoteGiven(m.term))
+
+    def _on_vote_given(self, node: Node, m: VoteGiven) -> None:
+        if self.state != CANDIDATE or m.term != self.term:
+            return
+        self._votes.add(node)
+        if 2 * (len(self._votes & self.voters) + 1) > len(self.voters) + 1:
+            self._SyncObj__onBecomeLeader()
+
+    def _on_pre_vote(self, node: Node, m: PreVote) -> None:
+        granted = (
+            not self.is_learner
+            and m.term > self.term
+            and not self._has_leader()
+            and self._up_to_date(m)
+        )
+        self._transport_.send(node, PreVoteAnswer(m.term, granted, self.term))
+
+    def _on_pre_vote_answer(self, node: Node, m: PreVoteAnswer) -> None:
+        if m.current > self.term and self.state != LEADER:
+            self._step_down(m.current)
+        elif m.granted and m.term == self._pre_term == self.term + 1 and self.state != LEADER:
+            self._pre_votes.add(node)
+            if 2 * (len(self._pre_votes & self.voters) + 1) > len(self.voters) + 1:
+                self._campaign = True
+                self.election_deadline = 0.0
+
+    def _on_campaign_now(self, node: Node, m: CampaignNow) -> None:
+        if not self.is_learner and m.term == self.term and node == self.leader_node:
+            self._campaign = self._transferring = True
+            self.election_deadline = 0.0
+
+    def _SyncObj__connectedToAnyone(self) -> bool:  # noqa: N802
+        """Asked only when the election timeout has passed: the place for the pre-vote.
+
+        A node that cannot win (cut off, or behind) so never raises the term of a working cluster.
+        """
+        if not self.voters or self._campaign:
+            self._campaign = False
+            self._votes.clear()
+            return True
+        if not self.connected & self.voters:
+            return False
+        now = syncobj.monotonicTime()
+        self.election_deadline = now + self._SyncObj__generateRaftTimeout() / 2
+        self._pre_term, self._pre_votes = self.term + 1, set()
+        question = PreVote(self._pre_term, self.journal[-1][1], self.journal[-1][2])
+        for node in self.voters:
+            self._transport_.send(node, question)
+        return False
+
+    def vote_request(self) -> Vote:
+        """What the transport sends where pysyncobj asks for votes in its own form."""
+        last = self.journal[-1]
+        return Vote(self.term, last[1], last[2], self._transferring)
+
+    def hand_over(self) -> Node | None:
+        """Leader: ask the most advanced follower to take over; gives it, None if there is none."""
+        able = [n for n in self.voters if n in self.connected]
+        if self.state != LEADER or not able:
+            return None
+        best = max(able, key=lambda n: self.match_index.get(n, 0))
+        self._transport_.send(best, CampaignNow(self.term))
+        return best
+
+    # --- leading
+
+    def _SyncObj__sendAppendEntries(self) -> None:  # noqa: N802
+        """One round: to each node what it lacks, within a window; an empty one is a heartbeat."""
+        self.heartbeat_due = syncobj.monotonicTime() + Timings.heartbeat_s
+        self._round += 1
+        for node in self.voters | self.learners:
+            if node not in self.connected or node not in self.next_index:
+                continue
+            if self.next_index[node] <= self.journal.first_index:
+                self._transport_.send(node, Contact(self.term, self._round))
+                self._send_snapshot(node)
+            else:
+                self._send_entries(node)
+
+    def _send_entries(self, node: Node) -> None:
+        last = self.journal.last_index
+        sent = False
+        while True:
+            at = self.next_index[node]
+            in_window = at - self.match_index[node] < WINDOW_ENTRIES or not sent
+            entries = self.journal.entries_from(at, APPEND_BYTES) if in_window else []
+            if sent and not entries:
+                return
+            prev = at - 1
+            self._transport_.send(
+                node,
+                Append(
+                    self.term, self._round, self.commit_index, prev, self.journal.term_at(prev),
+                    entries,
+                ),
+            )  # fmt: skip
+            sent = True
+            self.next_index[node] = at + len(entries)
+            # Until the node has matched once, one message is a question, more would be noise.
+            if self.next_index[node] > last or not self.match_index[node]:
+                return
+
+    def snapshot_installed(self, index: int, term: int) -> None:
+        """Follower: the state is now that at (index, term); the log begins there."""
+        invariant(index > self.last_applied, "an older snapshot over newer state")
+        last = self.journal.last_index
+        fits = self.journal.first_index <= index <= last and self.journal.term_at(index) == term
+        if not fits:
+            self.journal.reset_to(index, term)
+        self.last_applied = index
+        self.commit_index = max(self.commit_index, index)
+
+    def sent_snapshot(self, node: Node, index: int) -> None:
+        """Leader: the node has installed the state at `index`."""
+        if self.state == LEADER and node in self.next_index:
+            self.match_index[node] = max(self.match_index[node], index)
+            self.next_index[node] = max(self.next_index[node], index + 1)
+            self.heartbeat_due = 0.0
+
+    def node_replaced(self, node: Node) -> None:
+        """A voter connected anew: believe nothing of what it had before."""
+        if self.state == LEADER and node in self.match_index:
+            self.match_index[node] = 0
+            self.next_index[node] = self.journal.last_index + 1
+
+    def _SyncObj__setState(self, new: int) -> None:  # noqa: N802
+        """Leaving leadership settles nothing: every waiting command's outcome is unknown."""
+        was = self.state
+        super()._SyncObj__setState(new)
+        if was == LEADER and new != LEADER:
+            self.election_deadline = (
+                syncobj.monotonicTime() + self._SyncObj__generateRaftTimeout()
+            )
+            waiting = [cb for cbs in self.waiting_commit.values() for _, cb in cbs]
+            self.waiting_commit.clear()
+            reads, self._reads = self._reads, []
+            for callback in waiting:
+                callback(None, FAIL_REASON.UNKNOWN_OUTCOME)
+            for _, _, done in reads:
+                done(NotLeader())
+
+    # --- applying
+
+    def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
+        """Each committed entry once, in order; callbacks after the batch, so none can repeat one.
+
+        An exception of the state machine is a bug: it ends this node and is never tried again.
+        """
+        done = []
+        for command, index, term in self._to_apply():
+            invariant(index == self.last_applied + 1, "gap while applying")
+            data = command[1:] if command[:1] == REGULAR else b""
+            result = self._apply(index, term, data)
+            self.last_applied = index
+            for asked_term, callback in self.waiting_commit.pop(index, ()):
+                same = asked_term == term
+                reason = FAIL_REASON.SUCCESS if same else FAIL_REASON.DISCARDED
+                done.append((callback, result if same else None, reason))
+        for callback, result, reason in done:
+            callback(result, reason)
+        return False
+
+    def _to_apply(self) -> list[Any]:
+        if self.commit_index <= self.last_applied:
+            return []
+        first = self.last_applied + 1 - self.journal.first_index
+        found: list[Any] = self.journal[first : first + self.commit_index - self.last_applied]
+        return found
+
+    def _SyncObj__tryLogCompaction(self) -> None:  # noqa: N802
+        """The owner compacts after its checkpoints."""
+
+    _HANDLERS = {
+        Append: _on_append, Contact: _on_contact, Ack: _on_ack, Vote: _on_vote,
+        VoteGiven: _on_vote_given, PreVote: _on_pre_vote, PreVoteAnswer: _on_pre_vote_answer,
+        CampaignNow: _on_campaign_now,
+    }  # fmt: skip
