@@ -262,6 +262,10 @@ class MetaStore:
         self._env.copy(str(path), compact=True)
         return file_index(path)
 
+    def index_of(self, path: Path) -> tuple[int, int]:
+        """Index and term of the state in a file. UserError if it is none."""
+        return file_index(path)
+
     def install(self, path: Path) -> None:
         """Event loop: become the state in this (verified) file, which is renamed into place."""
         invariant(self._freezing is None, "a snapshot came during a checkpoint")

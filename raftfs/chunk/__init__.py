@@ -1,0 +1,1 @@
+"""The chunkserver: chunk files on disks, the data port, the links to the masters."""
