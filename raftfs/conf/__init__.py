@@ -1,0 +1,1 @@
+"""Pure parsers of the configuration files; every error names its line."""
