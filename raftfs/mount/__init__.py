@@ -1,0 +1,1 @@
+"""The FUSE mount: kernel requests in, masters' RPC and chunk data out."""
