@@ -109,6 +109,8 @@ class MasterLinks:
         if isinstance(reason, str) and "belong to cluster" in reason:
             if not self.failed.done():
                 self.failed.set_exception(UserError(f"master {master} refuses: {reason}"))
+        elif isinstance(reason, str) and "no cluster yet" in reason:
+            log.debug("master is being founded", master=master)
         else:
             log.warning("master refuses", master=master, reason=reason or str(error))
 

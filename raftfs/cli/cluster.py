@@ -1,0 +1,213 @@
+"""`raftfs cluster`: a whole cluster on this machine, for trying things out, tests and chaos."""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from raftfs.cli import processes
+from raftfs.cli.localcluster import LocalCluster, Node
+from raftfs.const import PORT_RAFT
+from raftfs.errors import UserError
+
+DEFAULT_DIR = Path(".raftfs")
+_SIGNALS = ("KILL", "STOP", "CONT", "TERM")
+_REPLACE_TIMEOUT_S = 60.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `raftfs cluster`."""
+    p = argparse.ArgumentParser(
+        prog="raftfs cluster", description="A whole cluster on this machine, all on loopback."
+    )
+    verbs = p.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.add_argument("--dir", type=Path, default=DEFAULT_DIR, metavar="D",
+                         help="the cluster's folder (default: %(default)s)")  # fmt: skip
+        return sub
+
+    up = verb("up", "start the cluster, making it first if it is new; harmless when it runs")
+    up.add_argument("--masters", type=int, default=3)
+    up.add_argument("--chunkservers", type=int, default=3)
+    up.add_argument("--hdds", type=int, default=1, help="disks of each chunkserver")
+    up.add_argument("--mount", type=Path, metavar="PATH")
+    up.add_argument("--port-base", type=int, default=PORT_RAFT, metavar="N")
+    status = verb("status", "who leads, what runs, where to connect")
+    status.add_argument("--json", action="store_true")
+    kill = verb("kill", "send a signal to a process")
+    kill.add_argument("what", metavar="ROLE|NAME",
+                      help="leader, follower, chunkserver, mount, or a name")  # fmt: skip
+    kill.add_argument("--signal", choices=_SIGNALS, default="KILL")
+    start = verb("start", "start a process again")
+    start.add_argument("name")
+    mount = verb("mount", "mount the file system")
+    mount.add_argument("path", type=Path)
+    mount.add_argument("options", nargs="*", help="after --: options of raftfs-mount")
+    logs = verb("logs", "print what a process wrote")
+    logs.add_argument("name")
+    replace = verb("replace", "bring back a master that lost its data, by a snapshot")
+    replace.add_argument("name")
+    down = verb("down", "unmount and stop everything")
+    down.add_argument("--wipe", action="store_true", help="and remove the cluster's folder")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Returns the exit status."""
+    args = parser().parse_args(argv)
+    args.dir = args.dir.absolute()
+    try:
+        return int(_VERBS[args.verb](args) or 0)
+    except UserError as e:
+        print(f"raftfs cluster {args.verb}: {e}", file=sys.stderr)
+        return e.exit_status
+
+
+def _up(args: argparse.Namespace) -> None:
+    if (args.dir / "cluster.json").exists():
+        cluster = LocalCluster.load(args.dir)
+    else:
+        cluster = LocalCluster.create(
+            args.dir, args.masters, args.chunkservers, args.hdds, args.port_base
+        )
+    for node in cluster.nodes:
+        if node.role != "mount":
+            cluster.start(node)
+    cluster.wait_up()
+    if args.mount is not None and not processes.mounted_at(args.mount.absolute()):
+        cluster.mount(args.mount, [])
+    _print_status(cluster)
+
+
+def _status(args: argparse.Namespace) -> int:
+    cluster = LocalCluster.load(args.dir)
+    if args.json:
+        print(json.dumps(cluster.status(), indent=1))
+    else:
+        _print_status(cluster)
+    return 0
+
+
+def _print_status(cluster: LocalCluster) -> None:
+    status = cluster.status()
+    print(f"leader   {status['leader'] or 'none'}, term {status['term']}")
+    print(f"masters  {','.join(status['masters'])}")
+    print(f"web      {' '.join(status['web'])}")
+    width = max(len(p["name"]) for p in status["processes"])
+    for p in status["processes"]:
+        ports = " ".join(f"{use}:{port}" for use, port in p["ports"].items())
+        role = "leader" if p["name"] == status["leader"] else p["role"]
+        print(f"  {p['name']:{width}}  {role:11}  {p['state']:8} pid {p['pid']:<8}"
+              f"{ports}{p.get('path', '')}")  # fmt: skip
+
+
+def _kill(args: argparse.Namespace) -> None:
+    cluster = LocalCluster.load(args.dir)
+    node = cluster.find(args.what)
+    number = signal.Signals[f"SIG{args.signal}"]
+    if not processes.send(node.pid, node.started, number):
+        raise UserError(f"{node.name} is not running")
+    if args.signal == "KILL" and not processes.wait_gone(node.pid, node.started, 5.0):
+        raise UserError(f"{node.name} does not end")
+    if args.signal == "KILL" and node.role == "mount":
+        processes.unmount(Path(node.path))
+    print(f"{node.name} (pid {node.pid}): {args.signal}")
+
+
+def _named(cluster: LocalCluster, name: str) -> Node:
+    for node in cluster.nodes:
+        if node.name == name:
+            return node
+    raise UserError(f"no process {name}; there are {', '.join(n.name for n in cluster.nodes)}")
+
+
+def _start(args: argparse.Namespace) -> None:
+    cluster = LocalCluster.load(args.dir)
+    node = _named(cluster, args.name)
+    cluster.start(node)
+
+    def ready() -> bool:
+        if node.role == "master":
+            view = cluster.view(node)
+            return view is not None and bool(view["cluster"])
+        if node.role == "mount":
+            return bool(processes.mounted_at(Path(node.path)))
+        views = [cluster.view(n) for n in cluster.by_role("master") if n.state == "running"]
+        address = f"127.0.0.1:{node.ports['data']}"
+        return any(
+            s["address"] == address and s["connected"] for v in views if v for s in v["servers"]
+        )
+
+    cluster.wait(f"waiting for {node.name}", ready, [node])
+    print(f"{node.name}: pid {node.pid}")
+
+
+def _mount(args: argparse.Namespace) -> None:
+    cluster = LocalCluster.load(args.dir)
+    node = cluster.mount(args.path, args.options)
+    print(f"{node.name}: {node.path}")
+
+
+def _logs(args: argparse.Namespace) -> None:
+    cluster = LocalCluster.load(args.dir)
+    path = cluster.log(_named(cluster, args.name))
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            shutil.copyfileobj(file, sys.stdout)
+    except FileNotFoundError:
+        raise UserError(f"{args.name} has written nothing yet") from None
+
+
+def _replace(args: argparse.Namespace) -> None:
+    cluster = LocalCluster.load(args.dir)
+    node = _named(cluster, args.name)
+    if node.role != "master":
+        raise UserError(f"{node.name} is a {node.role}: only masters are replaced")
+    others = [n for n in cluster.by_role("master") if n is not node]
+    if not any(v and v["role"] == "leader" for v in map(cluster.view, others)):
+        raise UserError(
+            f"{node.name} is not replaced while no other master leads: its data may still be needed"
+        )
+    processes.end(node.pid, node.started)
+    data = cluster.folder / node.name
+    if data.exists():
+        kept = data.with_name(f"{data.name}.replaced-{int(time.time())}")
+        data.rename(kept)
+        print(f"old data kept in {kept}")
+    cluster.start(node, "--replace")
+    until = time.monotonic() + _REPLACE_TIMEOUT_S
+    name = f"127.0.0.1:{node.ports['raft']}"
+
+    def votes_again() -> bool:
+        views = [cluster.view(n) for n in others]
+        mine = cluster.view(node)
+        back = any({"name": name, "connected": True} in v["peers"] for v in views if v)
+        return back and mine is not None and mine["role"] != "candidate"
+
+    while not votes_again():
+        if node.state == "stopped" or time.monotonic() > until:
+            raise UserError(f"{node.name} did not come back:\n{cluster.tail(node)}")
+        time.sleep(0.1)
+    print(f"{node.name} is back and votes (pid {node.pid})")
+
+
+def _down(args: argparse.Namespace) -> None:
+    if not (args.dir / "cluster.json").exists():
+        print(f"no cluster in {args.dir}")
+        return
+    cluster = LocalCluster.load(args.dir)
+    cluster.down()
+    if args.wipe:
+        cluster.wipe()
+    print("down" + (", wiped" if args.wipe else ""))
+
+
+_VERBS = {
+    "up": _up, "status": _status, "kill": _kill, "start": _start, "mount": _mount, "logs": _logs,
+    "replace": _replace, "down": _down,
+}  # fmt: skip

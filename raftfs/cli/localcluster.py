@@ -1,0 +1,300 @@
+"""A whole cluster on this machine: its folder, its processes, what they say of themselves.
+
+    D/cluster.json   what there is: every process with its command line, ports, pid and start time
+    D/cluster.key    the cluster key
+    D/log/NAME.log   output
+    D/NAME/          data: m1.. masters, cs1.. chunkservers; mnt1.. mounts have none
+
+Ports, counted from the port base B (default 9418): master i has B+10*i (Raft), +2 chunkservers, +3
+clients, +7 web; chunkserver j has B+500+j. Everything listens on 127.0.0.1 only.
+"""
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raftfs.cli import processes
+from raftfs.errors import UserError
+from raftfs.wire.auth import ClusterKey
+
+HOST = "127.0.0.1"
+MASTER_STEP, CHUNKSERVER_OFFSET = 10, 500
+START_TIMEOUT_S = 30.0
+_TAIL_LINES = 5
+
+
+class Node:
+    """One process of the cluster."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.name: str = entry["name"]
+        self.role: str = entry["role"]
+        self.argv: list[str] = entry["argv"]
+        self.ports: dict[str, int] = entry["ports"]
+        self.path: str = entry.get("path", "")
+        self.pid: int = entry.get("pid", 0)
+        self.started: int = entry.get("started", 0)
+
+    @property
+    def state(self) -> str:
+        """`running`, `paused` or `stopped`."""
+        return processes.state_of(self.pid, self.started)
+
+    def entry(self) -> dict[str, Any]:
+        """As kept in cluster.json."""
+        return {
+            "name": self.name, "role": self.role, "argv": self.argv, "ports": self.ports,
+            "path": self.path, "pid": self.pid, "started": self.started,
+        }  # fmt: skip
+
+
+class LocalCluster:
+    """The cluster in a folder."""
+
+    def __init__(self, folder: Path, port_base: int, nodes: list[Node]) -> None:
+        self.folder = folder
+        self.port_base = port_base
+        self.nodes = nodes
+
+    # --- the folder
+
+    @classmethod
+    def load(cls, folder: Path) -> "LocalCluster":
+        """UserError if there is no cluster in the folder."""
+        try:
+            kept = json.loads((folder / "cluster.json").read_text())
+        except FileNotFoundError:
+            raise UserError(
+                f"there is no cluster in {folder}: make one with `raftfs cluster up --dir {folder}`"
+            ) from None
+        except (OSError, ValueError) as e:
+            raise UserError(f"{folder / 'cluster.json'} cannot be read: {e}") from None
+        return cls(folder, kept["port_base"], [Node(n) for n in kept["nodes"]])
+
+    @classmethod
+    def create(
+        cls, folder: Path, masters: int, chunkservers: int, hdds: int, port_base: int
+    ) -> "LocalCluster":
+        """A new cluster's folder, key and command lines; nothing runs yet."""
+        if masters == 2 or masters < 1:
+            raise UserError(
+                f"--masters {masters}: with two, losing either stops both; give 1, 3 or 5"
+            )
+        cluster = cls(folder, port_base, [])
+        try:
+            (folder / "log").mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{folder} cannot be used: {e.strerror}") from None
+        if not cluster.key.exists():
+            ClusterKey.generate(cluster.key)
+        bases = [port_base + MASTER_STEP * i for i in range(masters)]
+        peers = ",".join(f"{HOST}:{b}" for b in bases)
+        for number, base in enumerate(bases, 1):
+            cluster._add_master(f"m{number}", base, peers)
+        for number in range(1, chunkservers + 1):
+            cluster._add_chunkserver(number, hdds, bases)
+        cluster._check_ports()
+        cluster.save()
+        return cluster
+
+    def _add_master(self, name: str, base: int, peers: str) -> None:
+        argv = [
+            sys.executable, "-m", "raftfs.cli.master", "--peers", peers, "--name",
+            f"{HOST}:{base}", "--data", str(self.folder / name), "--key", str(self.key),
+            "--listen", HOST,
+        ]  # fmt: skip
+        ports = {"raft": base, "chunkservers": base + 2, "clients": base + 3, "web": base + 7}
+        self.nodes.append(Node({"name": name, "role": "master", "argv": argv, "ports": ports}))
+
+    def _add_chunkserver(self, number: int, hdds: int, bases: list[int]) -> None:
+        name, port = f"cs{number}", self.port_base + CHUNKSERVER_OFFSET + number
+        argv = [
+            sys.executable, "-m", "raftfs.chunk.main", "-H",
+            ",".join(f"{HOST}:{b + 2}" for b in bases), "--listen", HOST, "--port", str(port),
+            "--announce", HOST, "--key", str(self.key),
+        ]  # fmt: skip
+        for hdd in range(1, hdds + 1):
+            argv += ["--hdd", str(self.folder / name / f"hdd{hdd}")]
+        entry = {"name": name, "role": "chunkserver", "argv": argv, "ports": {"data": port}}
+        self.nodes.append(Node(entry))
+
+    def _check_ports(self) -> None:
+        for node in self.nodes:
+            for use, port in node.ports.items():
+                with socket.socket() as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    try:
+                        sock.bind((HOST, port))
+                    except OSError as e:
+                        raise UserError(
+                            f"port {port} ({node.name}, {use}) cannot be had: {e.strerror}; "
+                            "give another --port-base"
+                        ) from None
+
+    @property
+    def key(self) -> Path:
+        """The cluster key's file."""
+        return self.folder / "cluster.key"
+
+    def save(self) -> None:
+        """Write cluster.json, atomically."""
+        new = self.folder / "cluster.json.new"
+        kept = {"port_base": self.port_base, "nodes": [n.entry() for n in self.nodes]}
+        new.write_text(json.dumps(kept, indent=1) + "\n")
+        os.replace(new, self.folder / "cluster.json")
+
+    def wipe(self) -> None:
+        """Remove the folder and everything in it."""
+        shutil.rmtree(self.folder)
+
+    # --- processes
+
+    def log(self, node: Node) -> Path:
+        """Where a process writes."""
+        return self.folder / "log" / f"{node.name}.log"
+
+    def by_role(self, role: str) -> list[Node]:
+        """Nodes of a role, running or not."""
+        return [n for n in self.nodes if n.role == role]
+
+    def find(self, what: str) -> Node:
+        """A node by name or by role (leader, follower, master, chunkserver, mount). UserError."""
+        for node in self.nodes:
+            if node.name == what:
+                return node
+        if what in ("leader", "follower"):
+            leader = self.status()["leader"]
+            masters = [n for n in self.by_role("master") if n.state == "running"]
+            found = [n for n in masters if (n.name == leader) == (what == "leader")]
+        else:
+            found = [n for n in self.by_role(what) if n.state == "running"]
+        if not found:
+            names = ", ".join(n.name for n in self.nodes)
+            raise UserError(f"no running {what}; there are {names}")
+        return found[0]
+
+    def start(self, node: Node, *extra: str) -> None:
+        """Start a process that is not running; `extra` options only this time."""
+        if node.state != "stopped":
+            return
+        node.pid, node.started = processes.launch([*node.argv, *extra], self.log(node))
+        self.save()
+
+    def tail(self, node: Node) -> str:
+        """The last lines that a process wrote."""
+        try:
+            lines = self.log(node).read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return ""
+        return "\n".join(lines[-_TAIL_LINES:])
+
+    def wait(self, what: str, ready: Callable[[], bool], nodes: list[Node]) -> None:
+        """Wait for a condition. UserError, with its log's tail, when a process has died or time is
+        up."""
+        until = time.monotonic() + START_TIMEOUT_S
+        while not ready():
+            for node in nodes:
+                if node.state == "stopped":
+                    raise UserError(f"{node.name} ended while {what}:\n{self.tail(node)}")
+            if time.monotonic() > until:
+                raise UserError(f"gave up {what} after {START_TIMEOUT_S:.0f} s; see {self.folder}/log")
+            time.sleep(0.05)
+
+    def wait_up(self) -> None:
+        """Until a leader serves and every chunkserver is connected to every master."""
+        running = [n for n in self.nodes if n.state != "stopped"]
+        masters = [n for n in running if n.role == "master"]
+        servers = len([n for n in running if n.role == "chunkserver"])
+
+        def ready() -> bool:
+            views = [self.view(n) for n in masters]
+            return any(v and v["role"] == "leader" for v in views) and all(
+                v is not None and sum(s["connected"] for s in v["servers"]) >= servers
+                for v in views
+            )
+
+        self.wait("waiting for the cluster", ready, running)
+
+    # --- mounts
+
+    def mount(self, path: Path, options: list[str]) -> Node:
+        """Mount the file system; waits until it is there."""
+        path = Path(os.path.abspath(path))
+        if processes.mounted_at(path):
+            raise UserError(f"{path} is a mountpoint already")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"mountpoint {path} cannot be made: {e.strerror}") from None
+        known = [n for n in self.by_role("mount") if n.path == str(path)]
+        number = 1 + max((int(n.name[3:]) for n in self.by_role("mount")), default=0)
+        argv = [
+            sys.executable, "-m", "raftfs.mount.main", str(path), "-H", ",".join(self.masters()),
+            "-f", *options,
+        ]  # fmt: skip
+        entry = {"name": f"mnt{number}", "role": "mount", "argv": argv, "ports": {}}
+        node = known[0] if known else Node({**entry, "path": str(path)})
+        if not known:
+            self.nodes.append(node)
+        self.start(node)
+        self.wait(f"mounting {path}", lambda: bool(processes.mounted_at(path)), [node])
+        return node
+
+    def masters(self) -> list[str]:
+        """The masters' client addresses, as `-H` takes them."""
+        return [f"{HOST}:{n.ports['clients']}" for n in self.by_role("master")]
+
+    def down(self) -> None:
+        """Unmount and stop everything; nothing is left running."""
+        for node in self.by_role("mount"):
+            processes.unmount(Path(node.path))
+            processes.end(node.pid, node.started, 20.0)
+        for role in ("chunkserver", "master"):
+            for node in self.by_role(role):
+                processes.end(node.pid, node.started)
+        for node in self.nodes:
+            node.pid = node.started = 0
+        self.nodes = [n for n in self.nodes if n.role != "mount"]
+        self.save()
+
+    # --- what it says of itself
+
+    def view(self, node: Node) -> dict[str, Any] | None:
+        """A master's own status, None if it does not answer."""
+        url = f"http://{HOST}:{node.ports['web']}/api/status"
+        try:
+            with urllib.request.urlopen(url, timeout=1.0) as answer:
+                view: dict[str, Any] = json.load(answer)
+                return view
+        except (OSError, ValueError, urllib.error.URLError):
+            return None
+
+    def status(self) -> dict[str, Any]:
+        """Everything that `raftfs cluster status --json` prints."""
+        masters = self.by_role("master")
+        views = {n.name: self.view(n) for n in masters if n.state == "running"}
+        leading = [(v["leader"]["term"], name) for name, v in views.items()
+                   if v and v["role"] == "leader"]  # fmt: skip
+        terms = [v["leader"]["term"] for v in views.values() if v]
+        return {
+            "dir": str(self.folder),
+            "leader": max(leading)[1] if leading else "",
+            "term": max(terms, default=0),
+            "masters": self.masters(),
+            "web": [f"http://{HOST}:{n.ports['web']}/" for n in masters],
+            "mounts": [n.path for n in self.by_role("mount") if n.state != "stopped"],
+            "replicas": {name: v for name, v in views.items() if v},
+            "processes": [
+                {"role": n.role, "name": n.name, "pid": n.pid, "ports": n.ports, "state": n.state,
+                 **({"path": n.path} if n.path else {})}
+                for n in self.nodes
+            ],
+        }  # fmt: skip

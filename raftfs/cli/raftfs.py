@@ -1,0 +1,63 @@
+"""`raftfs`: every command under one name. `raftfs COMMAND --help` tells the rest."""
+
+import importlib
+import sys
+from pathlib import Path
+
+from raftfs import __version__
+from raftfs.errors import UserError
+
+# command -> (module in raftfs.cli, one line)
+COMMANDS = {
+    "cluster": ("cluster", "a whole cluster on this machine"),
+    "status": ("status", "who leads, what is connected, how healthy it is"),
+    "bench": ("bench", "measure a mounted tree beside the local disk"),
+    "keygen": ("", "write a new cluster key to a file"),
+    "getgoal": ("mfsgetgoal", "show goals (mfsgetgoal)"),
+    "setgoal": ("mfssetgoal", "change goals (mfssetgoal)"),
+    "fileinfo": ("mfsfileinfo", "show chunks and copies of files (mfsfileinfo)"),
+    "checkfile": ("mfscheckfile", "count copies of files (mfscheckfile)"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: raftfs COMMAND [...]", "", *lines, f"\nversion {__version__}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns its exit status; 2 for wrong usage."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    if name in ("-v", "--version"):
+        print(f"raftfs {__version__}")
+        return 0
+    if name == "keygen":
+        return _keygen(rest)
+    if name not in COMMANDS:
+        print(f"raftfs: no command {name!r}; see raftfs --help", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"raftfs.cli.{COMMANDS[name][0]}")
+    return int(module.main(rest))
+
+
+def _keygen(words: list[str]) -> int:
+    from raftfs.wire.auth import ClusterKey
+
+    if len(words) != 1 or words[0].startswith("-"):
+        print("usage: raftfs keygen FILE", file=sys.stderr)
+        return 2
+    try:
+        ClusterKey.generate(Path(words[0]))
+    except UserError as e:
+        print(f"raftfs keygen: {e}", file=sys.stderr)
+        return e.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
