@@ -1,0 +1,1 @@
+"""Stories of failure. They touch the product only by command line, HTTP, signals and the mount."""
