@@ -175,6 +175,7 @@ class SetGoalTree(Tagged, tag=13):
     uid: int
     goal: int
     mode: int
+    recursive: bool = True
 
 
 class FileChunks(Tagged, tag=14):
