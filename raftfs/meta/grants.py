@@ -142,7 +142,8 @@ class Grants:
             chunk, _ = read.file_chunk(self._rows, ask.inode, ask.index)
             if chunk is None:
                 return await self._fresh(session, ask, replace=False)
-            if chunk.lock and chunk.lock_session != session:
+            # A lock of session 0 is a dead leader's unfinished settling: whoever comes next, ends it.
+            if chunk.lock and chunk.lock_session not in (0, session):
                 raise ReplyError(Status.LOCKED)
             failed = set(ask.failed)
             for uuid in failed:
@@ -161,7 +162,7 @@ class Grants:
         ask = m.WriteChunk(chunk.owner, chunk.index, [], acked=True)
         async with self.lock(chunk.owner, chunk.index):
             now = read.chunk(self._rows, chunk.id)
-            if now is None or now.lock:
+            if now is None or (now.lock and now.lock_session):
                 return
             good = list(self.verdict(now).chosen)
             if good:

@@ -154,11 +154,11 @@ class Healer:
             return
         verdict = self._grants.verdict(chunk)
         self._set_counts(chunk_id, verdict if chunk.born else None)
-        if chunk.lock:
+        if chunk.lock and chunk.lock_session:
             return  # a writer is at work; its unlock has the chunk examined again
         if not verdict.chosen:
             return
-        if verdict.settle:
+        if verdict.settle or chunk.lock:  # the latter: a dead leader's unfinished settling
             self._begin(chunk_id, self._grants.settle(chunk))
         elif verdict.wanted and self._can_add(verdict):
             self._add_when_due(chunk, verdict, now)

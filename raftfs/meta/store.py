@@ -23,6 +23,7 @@ from typing import Any
 import lmdb
 import msgspec
 import structlog
+from lmdb.verify import VerifyError, verify
 
 from raftfs.errors import UserError, invariant
 from raftfs.meta.state import digest, read
@@ -87,14 +88,19 @@ class MetaStore:
     def _open(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                check_whole(self._path)
+            # The reader table (lock=True) is what keeps a checkpoint from reusing pages that a
+            # copy for a follower, which may outlast several checkpoints, has still to read.
             self._env = lmdb.open(
-                str(self._path), subdir=False, map_size=_MAP_SIZE, readahead=False, lock=False,
+                str(self._path), subdir=False, map_size=_MAP_SIZE, readahead=False, lock=True,
                 metasync=True, sync=True, max_readers=16, mode=0o600,
             )  # fmt: skip
         except (lmdb.Error, OSError) as e:
             raise UserError(f"metadata file {self._path} cannot be opened: {e}") from None
         self._overlay, self._frozen = Overlay(), Overlay()
         self._freezing: AppliedRow | None = None
+        self._failed = False  # an entry was applied half: nothing of it may become durable
         self._cache: dict[bytes, Row | None] = {}
         self._unfolded: dict[bytes, bytes | None] = {}
         self._reader: Any = None
@@ -204,7 +210,9 @@ class MetaStore:
     def apply_entry(self, index: int, term: int, data: bytes) -> list[Applied]:
         """Apply one entry of the log; b"" is one of Raft's own. Raises only for bugs."""
         invariant(index == self.applied[0] + 1, f"entry {index} after {self.applied[0]}")
+        self._failed = True
         applied = apply_batch(self, index, decode_batch(data)) if data else []
+        self._failed = False
         self.applied = (index, term)
         return applied
 
@@ -228,6 +236,7 @@ class MetaStore:
 
     def freeze(self) -> bool:
         """Event loop: begin a checkpoint. False if nothing is new or one is under way."""
+        invariant(not self._failed, "a checkpoint after an entry that failed")
         if self._freezing is not None or self.applied == self.checkpointed:
             return False
         self._freezing = AppliedRow(_FORMAT, *self.applied, self.digest())
@@ -269,6 +278,7 @@ class MetaStore:
     def install(self, path: Path) -> None:
         """Event loop: become the state in this (verified) file, which is renamed into place."""
         invariant(self._freezing is None, "a snapshot came during a checkpoint")
+        file_index(path)  # refuse it while the state that it would replace is still there
         self._reader.abort()
         self._reader = None
         self._env.close()
@@ -294,9 +304,34 @@ def _new_applied() -> AppliedRow:
     return AppliedRow(_FORMAT, 0, 0, digest.to_bytes(digest.EMPTY))
 
 
+def check_whole(path: Path) -> None:
+    """UserError for a file that lost its content or its end.
+
+    LMDB takes an empty file for a new one, and reading beyond the end of a cut one is a bus error.
+    A file may rightly lack its last, unused pages; only then is its structure walked (slow).
+    """
+    if path.stat().st_size == 0:
+        raise UserError(
+            f"metadata file {path} is empty: it is damaged; move it away and rejoin as a learner"
+        )
+    env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, create=False)
+    try:
+        pages, page_size = env.info()["last_pgno"] + 1, env.stat()["psize"]
+    finally:
+        env.close()
+    if path.stat().st_size < pages * page_size:
+        try:
+            problems = verify(str(path), subdir=False)
+        except VerifyError as e:
+            problems = [e]
+        if problems:
+            raise UserError(f"metadata file {path} is damaged: {problems[0]}")
+
+
 def file_index(path: Path) -> tuple[int, int]:
     """Index and term of a state file. UserError if it is none."""
     try:
+        check_whole(path)
         env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, create=False)
         try:
             with env.begin() as txn:

@@ -59,14 +59,17 @@ def apply_batch(rows: Rows, index: int, batch: Batch) -> list[Applied]:
     """
     row = rows.get(COUNTERS_KEY)
     tally = Tally(row if isinstance(row, Counters) else NO_COUNTERS)
-    applied = [_apply(rows, tally, batch.time, command) for command in batch.commands]
+    # Before anything changes: a Digest tells of the state before its entry, wherever in it it is.
+    asked = any(type(command.op) is ops.Digest for command in batch.commands)
+    digest = rows.digest() if asked else b""
+    applied = [_apply(rows, tally, batch.time, digest, command) for command in batch.commands]
     now = tally.row()
     if now != row:
         rows.put(COUNTERS_KEY, now)
     return applied
 
 
-def _apply(rows: Rows, tally: Tally, now: int, command: Command) -> Applied:
+def _apply(rows: Rows, tally: Tally, now: int, digest: bytes, command: Command) -> Applied:
     session, seq = command.session, command.seq
     slot = b""
     if session:
@@ -79,13 +82,14 @@ def _apply(rows: Rows, tally: Tally, now: int, command: Command) -> Applied:
                 return Applied(0, command, Result(0, kept.value))
             if isinstance(kept, ResultRow) and kept.seq > seq:
                 return Applied(0, command, Result(Status.STALE_SEQ))
+    change = Change(rows, tally, now, session, digest)
     try:
-        value = encode(_OPS[type(command.op)](Change(rows, tally, now, session), command.op))
+        value = encode(_OPS[type(command.op)](change, command.op))
     except ReplyError as refused:
         return Applied(0, command, Result(refused.status))
     if slot:
         rows.put(slot, ResultRow(seq, value))
-    if isinstance(command.op, ops.Digest):
+    if change.no_line:
         return Applied(0, command, Result(0, value))
     tally.version += 1
     return Applied(tally.version, command, Result(0, value))

@@ -6,7 +6,7 @@
 What stands before `;` is the family's format: the operations and their arguments have its names and
 order, names are escaped as there (%XX). What it cannot say stands in the tail:
 
-    ns  nanoseconds of the timestamp's second      op  which operation, where two share a classic name
+    ns  nanoseconds of the timestamp's second      op  which operation, where two share a name
     s   session (0 left out)                       r   the whole result, its fields joined by dots
     q   sequence number (0 left out)               c   CRC32 of everything before it
     and every field of the operation that the arguments lack, by name, unless it has its default.

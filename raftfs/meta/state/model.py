@@ -30,6 +30,9 @@ from raftfs.wire.ops import Record
 _Q = struct.Struct(">cQ")
 _QQ = struct.Struct(">cQQ")
 _QH = struct.Struct(">cQH")
+# Ids from the wire may be negative, and a command that raises would stop every replica. They are
+# masked: the counters never come near 2**63, so such an id finds nothing.
+_ID = 2**64 - 1
 
 
 class Node(Record):
@@ -181,87 +184,87 @@ class Rows(Protocol):
 
 def node_key(inode: int) -> bytes:
     """Key of a Node."""
-    return _Q.pack(b"N", inode)
+    return _Q.pack(b"N", inode & _ID)
 
 
 def edge_prefix(parent: int) -> bytes:
     """Prefix of a directory's Edges; the name follows."""
-    return _Q.pack(b"E", parent)
+    return _Q.pack(b"E", parent & _ID)
 
 
 def edge_key(parent: int, name: bytes) -> bytes:
     """Key of an Edge."""
-    return _Q.pack(b"E", parent) + name
+    return _Q.pack(b"E", parent & _ID) + name
 
 
 def target_key(inode: int) -> bytes:
     """Key of a Target."""
-    return _Q.pack(b"T", inode)
+    return _Q.pack(b"T", inode & _ID)
 
 
 def map_prefix(inode: int) -> bytes:
     """Prefix of a file's MapEntries."""
-    return _Q.pack(b"M", inode)
+    return _Q.pack(b"M", inode & _ID)
 
 
 def map_key(inode: int, index: int) -> bytes:
     """Key of a MapEntry."""
-    return _QQ.pack(b"M", inode, index)
+    return _QQ.pack(b"M", inode & _ID, index & _ID)
 
 
 def chunk_key(chunk: int) -> bytes:
     """Key of a ChunkRow."""
-    return _Q.pack(b"C", chunk)
+    return _Q.pack(b"C", chunk & _ID)
 
 
 def doomed_key(chunk: int) -> bytes:
     """Key of the mark of a chunk without references."""
-    return _Q.pack(b"D", chunk)
+    return _Q.pack(b"D", chunk & _ID)
 
 
 def lock_prefix(session: int) -> bytes:
     """Prefix of the marks of a session's chunk locks."""
-    return _Q.pack(b"L", session)
+    return _Q.pack(b"L", session & _ID)
 
 
 def lock_key(session: int, chunk: int) -> bytes:
     """Key of the mark of a session's chunk lock."""
-    return _QQ.pack(b"L", session, chunk)
+    return _QQ.pack(b"L", session & _ID, chunk & _ID)
 
 
 def hold_prefix(inode: int) -> bytes:
     """Prefix of the marks of who holds a file open."""
-    return _Q.pack(b"H", inode)
+    return _Q.pack(b"H", inode & _ID)
 
 
 def hold_key(inode: int, session: int) -> bytes:
     """Key of the mark that a session holds a file open."""
-    return _QQ.pack(b"H", inode, session)
+    return _QQ.pack(b"H", inode & _ID, session & _ID)
 
 
 def held_prefix(session: int) -> bytes:
     """Prefix of the marks of what a session holds open."""
-    return _Q.pack(b"O", session)
+    return _Q.pack(b"O", session & _ID)
 
 
 def held_key(session: int, inode: int) -> bytes:
     """Key of the same mark, by session."""
-    return _QQ.pack(b"O", session, inode)
+    return _QQ.pack(b"O", session & _ID, inode & _ID)
 
 
 def session_key(session: int) -> bytes:
     """Key of a SessionRow."""
-    return _Q.pack(b"S", session)
+    return _Q.pack(b"S", session & _ID)
 
 
 def result_prefix(session: int) -> bytes:
     """Prefix of a session's ResultRows."""
-    return _Q.pack(b"R", session)
+    return _Q.pack(b"R", session & _ID)
 
 
 def result_key(session: int, slot: int) -> bytes:
     """Key of a ResultRow."""
-    return _QH.pack(b"R", session, slot)
+    return _QH.pack(b"R", session & _ID, slot)
 
 
 def member_key(name: str) -> bytes:

@@ -66,7 +66,8 @@ def end_session(c: Change, op: ops.EndSession) -> None:
 def found(c: Change, op: ops.Found) -> None:
     """The cluster begins: its UUID, its masters, the root directory."""
     if c.tally.cluster:
-        raise ReplyError(errno.EEXIST)
+        c.no_line = True  # two leaders may both have thought that they were the first
+        return
     c.tally.cluster = op.cluster
     for name, uuid in sorted(op.members.items()):
         c.rows.put(model.member_key(name), MemberRow(uuid))
@@ -88,7 +89,8 @@ def replace_member(c: Change, op: ops.ReplaceMember) -> None:
 
 def digest(c: Change, op: ops.Digest) -> None:
     """Stop if this replica's state is not the leader's."""
-    mine = c.rows.digest()
+    c.no_line = True
+    mine = c.digest
     invariant(
         mine == op.value,
         f"this replica's state differs from the leader's: {mine.hex()} is not {op.value.hex()}",

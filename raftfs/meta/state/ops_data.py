@@ -34,7 +34,7 @@ def _check_unlocked(c: Change, inode: int, first: int) -> None:
     for _, entry in c.rows.scan(model.map_prefix(inode), after):
         assert isinstance(entry, MapEntry)
         chunk = c.chunk(entry.chunk)
-        if chunk.lock and chunk.lock_session != c.session:
+        if chunk.lock and chunk.lock_session not in (0, c.session):
             raise ReplyError(Status.LOCKED)
 
 
@@ -42,14 +42,17 @@ def grant_write(c: Change, op: ops.GrantWrite) -> Granted:
     """Lock a chunk, allocating it if need be; perhaps reserve its next version.
 
     The lock's number comes from a counter and not from the log's index: an entry holds many
-    commands under one index, and no two grants may share a token.
+    commands under one index, and no two grants may share a token. The leader's own lock (session
+    0) gives way: a leader that died while it settled left it, and the new number fences its orders.
     """
     node = c.file(op.inode)
     if not 0 <= op.index <= CHUNK_INDEX_MAX:
         raise ReplyError(errno.EFBIG)
     entry = c.rows.get(model.map_key(op.inode, op.index))
     old = c.chunk(entry.chunk) if isinstance(entry, MapEntry) else None
-    if old is not None and old.lock and old.lock_session != c.session:
+    if old is None and not c.session:
+        raise ReplyError(errno.ENOENT)  # the leader settles chunks, it never allocates one
+    if old is not None and old.lock and old.lock_session not in (0, c.session):
         raise ReplyError(Status.LOCKED)
     if op.replace and old is not None:
         if old.born:
@@ -98,11 +101,9 @@ def commit_write(c: Change, op: ops.CommitWrite) -> Attr:
     node = c.file(op.inode)
     if op.length > FILE_LENGTH_MAX:
         raise ReplyError(errno.EFBIG)
-    chunks = [c.chunk(w.chunk) for w in op.chunks]
-    for chunk, written in zip(chunks, op.chunks, strict=True):
-        held = chunk.lock == written.lock and chunk.lock_session == c.session
-        if not written.lock or not held or chunk.owner != op.inode:
-            raise ReplyError(errno.ESTALE)
+    if op.length < -1 or len({w.chunk for w in op.chunks}) != len(op.chunks):
+        raise ReplyError(errno.EINVAL)
+    chunks = [_still_locked(c, op.inode, w) for w in op.chunks]
     for chunk, written in zip(chunks, op.chunks, strict=True):
         if not chunk.born:
             chunk = replace(chunk, born=True)
@@ -116,6 +117,17 @@ def commit_write(c: Change, op: ops.CommitWrite) -> Attr:
     )  # fmt: skip
     c.put_node(op.inode, node)
     return attr(op.inode, node)
+
+
+def _still_locked(c: Change, inode: int, written: ops.Written) -> ChunkRow:
+    """The chunk; ESTALE unless this session's grant of it for this file is the current one."""
+    chunk = c.rows.get(model.chunk_key(written.chunk))
+    if (
+        not isinstance(chunk, ChunkRow) or not written.lock or chunk.lock != written.lock
+        or chunk.lock_session != c.session or chunk.owner != inode
+    ):  # fmt: skip
+        raise ReplyError(errno.ESTALE)
+    return chunk
 
 
 def unlock(c: Change, op: ops.Unlock) -> None:
