@@ -205,7 +205,9 @@ class LocalCluster:
                 if node.state == "stopped":
                     raise UserError(f"{node.name} ended while {what}:\n{self.tail(node)}")
             if time.monotonic() > until:
-                raise UserError(f"gave up {what} after {START_TIMEOUT_S:.0f} s; see {self.folder}/log")
+                raise UserError(
+                    f"gave up {what} after {START_TIMEOUT_S:.0f} s; see {self.folder}/log"
+                )
             time.sleep(0.05)
 
     def wait_up(self) -> None:

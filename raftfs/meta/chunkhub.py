@@ -208,6 +208,10 @@ class ChunkHub:
         """The servers that a leader may count on now."""
         return [s for s in self.servers.values() if self.is_fenced(s)]
 
+    def all_connected(self) -> bool:
+        """Whether every server that this master has seen is there and obeys it."""
+        return all(self.is_fenced(s) for s in self.servers.values())
+
     def candidates(self) -> list[Candidate]:
         """Servers that may take a new copy."""
         return [

@@ -180,6 +180,8 @@ class Healer:
         since = self._first_short.setdefault(chunk.id, now)
         alone = len(verdict.chosen) == 1
         delay = self._config.endangered_delay_s if alone else self._config.disconnect_delay_s
+        if self._hub.all_connected():
+            delay = 0.0  # nobody is awaited who could bring the copies back: a goal was raised
         if now - since < delay:
             self._due[chunk.id] = since + delay
         else:
