@@ -190,7 +190,8 @@ class Masters:
         if refusal is not None:
             if not self.refused.done():
                 self.refused.set_result(refusal)
-            log.error("registration refused", reason=str(refusal))
+            if self.session.registered is not None:  # else `start` tells the user
+                log.error("registration refused", reason=str(refusal))
             await asyncio.sleep(1.0)  # an administrator must act: no hurry
 
     async def _watch(self) -> None:

@@ -30,7 +30,7 @@ log = structlog.get_logger("raftfs.writer")
 
 WINDOW_BYTES = 16 * MIB  # sent and not acknowledged, per chunk
 WINDOW_FRAMES = 64
-ACK_TIMEOUT_S = 4.0
+ACK_TIMEOUT_S = 3.0  # longer than a server waits for the next one of its chain
 SYNC_TIMEOUT_S = 30.0  # a disk may have much to write
 YIELD_S = 0.06  # a grant that was given up for others is left alone longer than they wait
 _LOCKED_PAUSE_S = 0.04  # between two questions while another client writes
@@ -70,7 +70,8 @@ class _Send:
 
 
 class ChunkWriter:
-    """See the module. `dirty` counts retired writes that no commit has covered yet.
+    """See the module. `dirty` counts retired writes that no commit has covered yet; `acked_to` is
+    where the farthest one under this grant ended.
 
     `paused`: a commit that ends the grant is under way, so nothing is sent. `yielding`: the grant
     was held for long; what is out is awaited, then the grant ends so that others have their turn.
@@ -83,6 +84,7 @@ class ChunkWriter:
         self.blocks = BlockQueue()
         self.grant: m.ChunkMap | None = None
         self.filled_to = 0
+        self.acked_to = 0
         self.dirty = 0
         self.paused = False
         self.yielding = False
@@ -241,6 +243,7 @@ class ChunkWriter:
                 self.file.unsynced.add(self.index)
                 if block.kind == WRITE:
                     self.dirty += 1
+                    self.acked_to = max(self.acked_to, block.end)
                     self.file.retired(self.base + block.end, block.size)
         self.blocks.wake()
 
@@ -359,7 +362,7 @@ class ChunkWriter:
         self.paused = self.yielding = False
         self._acked = False
         self._chunk_id = 0
-        self.filled_to = 0
+        self.filled_to = self.acked_to = 0
         self.pump()
 
     def fail(self, error: int) -> None:

@@ -220,7 +220,7 @@ class DataLinks:
         )
 
     async def fetch(self, address: Address, head: m.ReadData, timeout_s: float) -> memoryview:
-        """The bytes asked for, checked. `ReadFailed` with the server's status; LinkError."""
+        """The bytes asked for, checked. `CopyReadError` with the server's status; LinkError."""
         return await self._loop.run_in_executor(
             self._executor, self._fetch, address, head, timeout_s
         )
@@ -269,9 +269,9 @@ class DataLinks:
     def _fetch(self, address: Address, head: m.ReadData, timeout_s: float) -> memoryview:
         reply, payload = self.exchange(address, head, timeout_s)
         if reply.status:
-            raise ReadFailed(reply.status)
+            raise CopyReadError(reply.status)
         if len(payload) != head.length or piece_crcs(head.offset, payload) != list(reply.crcs):
-            raise ReadFailed(Status.BAD_CRC)
+            raise CopyReadError(Status.BAD_CRC)
         return payload
 
     def close(self) -> None:
@@ -284,7 +284,7 @@ class DataLinks:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-class ReadFailed(RaftfsError):
+class CopyReadError(RaftfsError):
     """A chunkserver answered a read with `status`, or with bytes that do not match their CRCs."""
 
     def __init__(self, status: int) -> None:

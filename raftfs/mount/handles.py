@@ -17,7 +17,8 @@ import structlog
 from raftfs.errors import RaftfsError
 from raftfs.mount.cache import Recent
 from raftfs.mount.reader import FileReader, ReadContext
-from raftfs.mount.writer import FileWriter, WriteContext
+from raftfs.mount.writecontext import WriteContext
+from raftfs.mount.writer import FileWriter
 from raftfs.wire import messages as m
 from raftfs.wire import ops
 

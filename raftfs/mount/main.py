@@ -10,6 +10,7 @@ mount: it would wait for itself, unkillably.
 """
 
 import asyncio
+import importlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import stat
 import sys
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import structlog
 
@@ -99,7 +101,8 @@ def _daemon(options: MountOptions, pipe: int) -> None:
         os.chdir("/")
         status = _serve(options, tell)
     except UserError as e:
-        log.error("mount failed", reason=str(e))
+        if options.logfile:
+            log.error("not mounted", reason=str(e))
         tell(f"{PROGRAM}: {e}", 1)
     except BaseException as e:
         log.exception("mount daemon failed")
@@ -123,7 +126,11 @@ def _serve(options: MountOptions, tell: Tell) -> int:
 
     from raftfs import log as logging_setup
 
-    logging_setup.setup(PROGRAM, file=options.logfile)
+    # Without a log file, what is logged in the background ends with the terminal: only what the
+    # caller should read before is worth a line.
+    quiet = not options.logfile and not options.foreground
+    file = Path(options.logfile) if options.logfile else None
+    logging_setup.setup(PROGRAM, level="warning" if quiet else "info", file=file)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     hook = _load_hook()
     uvloop.run(_mounted(options, tell, hook))
@@ -135,14 +142,13 @@ def _load_hook() -> types.ModuleType | None:
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
     try:
-        from raftfs.mount import _fusehook
+        hook = importlib.import_module("raftfs.mount._fusehook")
     except ImportError as e:
         log.warning("module _fusehook is not built: lookups in one directory are serialised and "
                     "writes cost more", reason=str(e))  # fmt: skip
         return None
     finally:
         sys.setdlopenflags(flags)
-    hook: types.ModuleType = _fusehook
     hook.configure(
         want=_CAP_DONT_MASK,
         max_background=MAX_BACKGROUND,

@@ -52,6 +52,7 @@ class MountOptions:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """argparse found a mistake: UserError instead of usage and status 2."""
         raise UserError(f"{message} (see --help)")
 
 

@@ -18,7 +18,7 @@ import structlog
 from raftfs.const import CHUNK_SIZE, MIB
 from raftfs.errors import LinkError, RaftfsError, ReplyError, Status
 from raftfs.mount.cache import Budget, Recent
-from raftfs.mount.datalink import DataLinks, ReadFailed
+from raftfs.mount.datalink import CopyReadError, DataLinks
 from raftfs.wire import messages as m
 
 log = structlog.get_logger("raftfs.reader")
@@ -241,7 +241,7 @@ class FileReader:
             timeout_s = min(LAST_TIMEOUT_S if last else FAST_TIMEOUT_S, left_s)
             try:
                 return await self.context.links.fetch(address, head, timeout_s), why
-            except ReadFailed as e:
+            except CopyReadError as e:
                 bad = e.status == Status.BAD_CRC
                 why[f"{copy.host}:{copy.port}"] = "BAD_CRC" if bad else f"status {e.status}"
             except LinkError as e:

@@ -31,7 +31,7 @@ MASTERINFO = b".masterinfo"
 MASTERINFO_INODE = 2**63 - 2  # the top of the range is for files that exist only in the mount
 
 
-class Denied(RaftfsError):
+class DeniedError(RaftfsError):
     """Refused by the mount itself."""
 
     def __init__(self, errno: int, why: str) -> None:
@@ -141,7 +141,7 @@ class Volume:
         """Make a hard link."""
         self._not_ours(parent, name)
         if inode == MASTERINFO_INODE:
-            raise Denied(EPERM, ".masterinfo is not a file of the cluster")
+            raise DeniedError(EPERM, ".masterinfo is not a file of the cluster")
         return self.files.saw(await self.meta.mutate(ops.Link(inode, parent, name)))
 
     async def unlink(self, parent: int, name: bytes) -> None:
@@ -228,4 +228,4 @@ class Volume:
 
     def _not_ours(self, parent: int, name: bytes) -> None:
         if name == MASTERINFO and parent == self.root:
-            raise Denied(EPERM, ".masterinfo cannot be changed")
+            raise DeniedError(EPERM, ".masterinfo cannot be changed")

@@ -188,9 +188,8 @@ class FileWriter:
 
     def progressed(self, chunk: ChunkWriter) -> None:
         """Blocks of `chunk` were retired. A chunk that is full is committed at once."""
-        full = chunk.blocks.idle and chunk.dirty and chunk.filled_to == CHUNK_SIZE
-        written = self.commits.acked_end >= chunk.base + CHUNK_SIZE
-        if full and written and not chunk.paused and len(self.chunks) > 1:
+        full = chunk.blocks.idle and chunk.dirty and chunk.acked_to == CHUNK_SIZE
+        if full and not chunk.paused and len(self.chunks) > 1:
             self.context.spawn(self.commits.commit(unlock=True, only=chunk))
 
     def granted(self, chunk: ChunkWriter, length: int) -> None:

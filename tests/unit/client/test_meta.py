@@ -254,7 +254,7 @@ def test_the_password_decides() -> None:
 def test_no_master_is_one_sentence() -> None:
     async def test() -> None:
         meta = MetaClient([("127.0.0.1", 1)], Session())
-        with pytest.raises(UserError, match="127.0.0.1:1"):
+        with pytest.raises(UserError, match=r"127\.0\.0\.1:1 "):
             await meta.start(0.3)
         await meta.close()
 

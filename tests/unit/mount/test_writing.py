@@ -260,6 +260,7 @@ def test_the_committed_length_never_covers_bytes_that_are_still_under_way() -> N
                 chunk.seal()
             while not writer.chunks[1].dirty:
                 await asyncio.sleep(0.01)
+            assert not writer.chunks[0].dirty
             await writer.commits.commit(unlock=False)
             assert b.length(handle) == 0
             b.cluster.servers[0].mute = False
@@ -273,7 +274,22 @@ def test_the_committed_length_never_covers_bytes_that_are_still_under_way() -> N
 # --- the whole, at random
 
 
-def test_random_writes_reads_and_truncations_match_a_model() -> None:
+def _trouble(b: Bench, rng: random.Random) -> None:
+    """Something that a mount must not notice."""
+    server = rng.choice(b.cluster.servers)
+    what = rng.randrange(4)
+    if what == 0:
+        server.drop_connections()
+    elif what == 1:
+        server.refuse_writes = 1
+    elif what == 2:
+        server.drop_after = rng.randrange(3)
+    else:
+        b.cluster.masters.elect(rng.randrange(3))
+
+
+@pytest.mark.parametrize("troubled", [False, True])
+def test_random_writes_reads_and_truncations_match_a_model(troubled: bool) -> None:
     seed = int(os.environ.get("SEED", random.randrange(1 << 30)))
     print(f"SEED={seed} python -m pytest tests/unit/mount/test_writing.py -k random")
     rng = random.Random(seed)
@@ -285,6 +301,8 @@ def test_random_writes_reads_and_truncations_match_a_model() -> None:
             handle = await b.create()
             model = bytearray()
             for _ in range(150):
+                if troubled and rng.random() < 0.1:
+                    _trouble(b, rng)
                 start, end = rng.choice(windows)
                 offset = rng.randrange(start, end)
                 what = rng.random()
