@@ -49,6 +49,17 @@ def run(program: str, serve: Callable[[Stop], Awaitable[None]], *, level: str = 
     return 0
 
 
+async def until(stop: Stop, failed: "asyncio.Future[None]") -> None:
+    """Return when `stop` is set; raise what `failed` resolves with, if that comes first."""
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            failed.result()
+    finally:
+        stopping.cancel()
+
+
 def say(program: str, error: UserError) -> None:
     """The one sentence that a user gets to see."""
     print(f"{program}: {error}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import structlog
 
+from raftfs import daemon
 from raftfs.conf import exports
 from raftfs.const import PORT_RAFT
 from raftfs.errors import RaftfsError, UserError
@@ -105,11 +106,7 @@ class Master:
             self._role_changed()
             self._tasks.append(asyncio.ensure_future(self._watch()))
             log.info("master serves", name=self._config.name, peers=list(self._config.peers))
-            await asyncio.wait(
-                {stopping, self.replica.failed}, return_when=asyncio.FIRST_COMPLETED
-            )
-            if self.replica.failed.done():
-                self.replica.failed.result()
+            await daemon.until(stop, self.replica.failed)
         finally:
             stopping.cancel()
             await self._shut_down()

@@ -74,8 +74,8 @@ class Links(Transport):  # type: ignore[misc]
 
     async def start(self) -> None:
         """Listen (voters and joining ones, to keep their port) and dial. UserError: port busy."""
-        host, _, port = self.me.name.rpartition(":")
-        if port:
+        host, colon, port = self.me.name.rpartition(":")
+        if colon:  # a learner's name is no address: nobody dials it
             try:
                 self._server = await rpc.serve(
                     host, int(port), incoming=Message, handler=self._message, key=self._key,

@@ -179,7 +179,7 @@ class Replica:
         others = [p for p in self.config.peers if p != self.config.name]
         self._core = SafeSyncObj(
             self.config.name if self._identity.voter else None, others, self._journal,
-            self._links, self._apply, self._sender.offer, self.machine.applied[0],
+            self._links, self._apply, self._offer_snapshot, self.machine.applied[0],
         )  # fmt: skip
         self._links.vote_request = self._core.vote_request
         self._links.announce()
@@ -451,6 +451,10 @@ class Replica:
                 raise
             except Exception as e:
                 self._fail(e)
+
+    def _offer_snapshot(self, node: Node) -> None:
+        if self.machine.checkpointed[0]:  # else there is nothing to copy until the first checkpoint
+            self._sender.offer(node)
 
     def _snapshot_taken(self, node: Node, index: int) -> None:
         if self._core is not None:

@@ -342,9 +342,16 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             # Appends that were under way will be refused too: only the first of them counts.
             self._reset_round[node] = self._round
             self.next_index[node] = max(m.next_index, self.match_index[node] + 1)
+            if m.next_index <= 2 and self._replaces_a_voter(node):
+                self.next_index[node] = 0  # it has nothing: a snapshot is shorter than the log
             self.heartbeat_due = 0.0
         if self.next_index[node] <= self.journal.last_index:
             self.heartbeat_due = 0.0
+
+    def _replaces_a_voter(self, node: Node) -> bool:
+        """Whether a learner has come to take a voter's place (its id is `name#identity`)."""
+        name = node.id.partition("#")[0]
+        return node in self.learners and any(v.id == name for v in self.voters)
 
     def _step_down(self, term: int) -> None:
         if term > self.term:
