@@ -111,17 +111,19 @@ class Writers:
     def stop(self, timeout_s: float = 90.0) -> None:
         """Let each finish its file."""
         self._stop.set()
+        self.wait(timeout_s)
+
+    def kill(self) -> None:
+        """kill -9. One that waits for an answer of the file system ends when that answer comes."""
+        for process in self._processes:
+            process.kill()
+
+    def wait(self, timeout_s: float = 60.0) -> None:
+        """Until all have ended; RuntimeError if one hangs."""
         for process in self._processes:
             process.join(timeout_s)
             if process.is_alive():
-                process.kill()
-                raise RuntimeError("a writer hangs")
-
-    def kill(self) -> None:
-        """End them at once, whatever they do."""
-        for process in self._processes:
-            process.kill()
-            process.join(10)
+                raise RuntimeError(f"writer {process.pid} hangs")
 
     def lines(self) -> Iterator[list[dict[str, Any]]]:
         """Each writer's record."""

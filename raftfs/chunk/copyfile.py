@@ -71,6 +71,8 @@ class CopyFile:
         fd = self._door.open(self.path, create=False)
         try:
             page = self._door.pread(fd, HEADER_SIZE, 0)
+            if not page:
+                raise layout.UnfinishedError(str(self.path))
             header = Header.unpack(page)
             if header.chunk != self.chunk:
                 raise layout.LayoutError(f"the file holds chunk {header.chunk:016X}")

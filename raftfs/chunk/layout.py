@@ -31,6 +31,10 @@ class LayoutError(RaftfsError):
     """The file is no chunk file, or its header is damaged."""
 
 
+class UnfinishedError(RaftfsError):
+    """The file was made, but not even its header was written."""
+
+
 class Header:
     """A chunk file's header; bitmaps are integers, bit i for block i."""
 

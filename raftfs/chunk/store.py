@@ -16,7 +16,7 @@ import structlog
 
 from raftfs.chunk.copyfile import CopyFile, PartialCopy
 from raftfs.chunk.disk import Disk, FileDoor
-from raftfs.chunk.layout import LayoutError
+from raftfs.chunk.layout import LayoutError, UnfinishedError
 from raftfs.errors import ReplyError, Status, UserError
 from raftfs.wire.frame import Buffer, piece_crcs
 from raftfs.wire.messages import CopyId
@@ -96,11 +96,7 @@ class ChunkStore:
                 raise ReplyError(Status.NO_CHUNK)
             if version is not None and copy.version != version:
                 raise ReplyError(Status.WRONG_VERSION)
-            try:
-                copy.open()
-            except (LayoutError, FileNotFoundError) as e:
-                self._damaged(copy, str(e))
-                raise ReplyError(Status.BAD_CRC) from None
+            self._open_copy(copy)
             copy.used_at = time.monotonic()
             with self._lock:
                 self._open.pop(chunk, None)
@@ -111,6 +107,18 @@ class ChunkStore:
                 if e.status == Status.BAD_CRC:
                     self._damaged(copy, "a block does not match its checksum")
                 raise
+
+    def _open_copy(self, copy: CopyFile) -> None:
+        try:
+            copy.open()
+        except UnfinishedError:
+            # Stopped between making the file and its first write: nothing was ever in it.
+            log.info("unfinished copy removed", chunk=f"{copy.chunk:016X}")
+            self.destroy(copy.chunk, copy.version)
+            raise ReplyError(Status.NO_CHUNK) from None
+        except (LayoutError, FileNotFoundError) as e:
+            self._damaged(copy, str(e))
+            raise ReplyError(Status.BAD_CRC) from None
 
     def _damaged(self, copy: CopyFile, reason: str) -> None:
         log.error("copy damaged", chunk=f"{copy.chunk:016X}", version=copy.version,
