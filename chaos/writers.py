@@ -6,6 +6,7 @@ system under test.
 """
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ class Journal:
     """One writer's record: a line per operation with its time."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "a", buffering=1, encoding="utf-8")
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def done(self, what: str, **more: Any) -> None:
         """An operation has returned successfully."""
@@ -173,9 +174,7 @@ def errors(lines: list[dict[str, Any]]) -> list[str]:
 def longest_pause_s(lines: list[dict[str, Any]], after: float, before: float) -> float:
     """The longest time without a completed operation that touches the window."""
     times = [line["at"] for line in lines]
-    pauses = [
-        b - a for a, b in zip(times, times[1:], strict=False) if b > after and a < before
-    ]
+    pauses = [b - a for a, b in itertools.pairwise(times) if b > after and a < before]
     return max(pauses, default=0.0)
 
 

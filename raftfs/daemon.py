@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
@@ -53,7 +54,8 @@ async def until(stop: Stop, failed: "asyncio.Future[None]") -> None:
     """Return when `stop` is set; raise what `failed` resolves with, if that comes first."""
     stopping = asyncio.ensure_future(stop.wait())
     try:
-        await asyncio.wait({stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {stopping, failed}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if failed.done():
             failed.result()
     finally:

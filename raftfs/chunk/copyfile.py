@@ -4,11 +4,10 @@ Order of a write, so that a stop at any point is told from rot:
 
     1. the pieces' CRCs are checked                       nothing was touched yet
     2. partial blocks: the old block is checked            damage is reported, not overwritten
-    3. dirty bits of the blocks are set in the header      and made durable, if a block has synced data
-    4. the data, exactly the changed bytes                 neighbours are not rewritten
-    5. CRC table, written bits
-    ...
-    sync: fdatasync; dirty bits are cleared when the copy is retired (idle or closed)
+    3. dirty bits of the blocks are set in the header      and made durable, if a block has synced
+    data 4. the data, exactly the changed bytes                 neighbours are not rewritten 5. CRC
+    table, written bits ... sync: fdatasync; dirty bits are cleared when the copy is retired (idle
+    or closed)
 
 Methods are called under the copy's lock (`lock`), from the store's threads.
 """
@@ -21,7 +20,7 @@ import structlog
 from raftfs.chunk import layout
 from raftfs.chunk.disk import Disk, FileDoor
 from raftfs.chunk.layout import DATA_OFFSET, HEADER_SIZE, TABLE_OFFSET, Header
-from raftfs.const import BLOCK_SIZE, CHUNK_SIZE
+from raftfs.const import BLOCK_SIZE, BLOCKS_PER_CHUNK, CHUNK_SIZE
 from raftfs.errors import ReplyError, Status
 from raftfs.wire.frame import ZERO_BLOCK_CRC, Buffer, crc32, piece_crcs
 
@@ -58,7 +57,7 @@ class CopyFile:
         """Make the file: no block written."""
         self._fd = self._door.open(self.path, create=True)
         self._header = Header(self.chunk, self.version, cluster)
-        self._crcs = [0] * layout.BLOCKS_PER_CHUNK
+        self._crcs = [0] * BLOCKS_PER_CHUNK
         self._new_name = self._unsynced = True
         self._door.pwrite(
             self._fd, self._header.pack() + layout.pack_table(self._crcs), 0
@@ -94,7 +93,7 @@ class CopyFile:
     def _settle(self) -> None:
         """Blocks that were being written at an unclean stop: their bytes are what was written."""
         settled = 0
-        for block in range(layout.BLOCKS_PER_CHUNK):
+        for block in range(BLOCKS_PER_CHUNK):
             if not self._header.dirty >> block & 1:
                 continue
             data = self._block(block)

@@ -11,9 +11,9 @@ from typing import Any
 import cbor2
 import structlog
 
+from raftfs.chunk import layout
 from raftfs.const import DISK_LEAVE_FREE
 from raftfs.errors import UserError
-from raftfs.chunk import layout
 
 log = structlog.get_logger("raftfs.disk")
 

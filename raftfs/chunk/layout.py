@@ -1,13 +1,13 @@
 """The format of a chunk file. Pure: bytes in, bytes out.
 
     0      header page: magic, id, version, cluster UUID, written bitmap, dirty bitmap, own CRC32
-    4096   CRC table: 1,024 big-endian CRC32, each of a 64 KiB block, missing bytes counting as zeros
+    4096   CRC table: 1,024 big-endian CRC32, one a 64 KiB block, missing bytes counting as zeros
     8192   data
 
 A block whose *written* bit is clear was never written: it reads as zeros and the file is not asked.
-A *dirty* bit is set before a block is changed and cleared after a sync: after a stop in between, the
-block may not match its CRC without being rotten. `docs/decisions/004` has the reasoning.
-Files are named `XX/chunk_<id>_<version>.mfs`, XX being the id's lowest byte.
+A *dirty* bit is set before a block is changed and cleared after a sync: after a stop in between,
+the block may not match its CRC without being rotten. `docs/decisions/004` has the reasoning. Files
+are named `XX/chunk_<id>_<version>.mfs`, XX being the id's lowest byte.
 """
 
 import re

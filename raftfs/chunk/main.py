@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import socket
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -80,9 +81,8 @@ async def serve(args: argparse.Namespace, stop: daemon.Stop) -> None:
     stopping = asyncio.ensure_future(stop.wait())
     try:
         while not stopping.done():
-            await asyncio.wait(
-                {stopping, links.failed}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED
-            )
+            either: set[asyncio.Future[Any]] = {stopping, links.failed}
+            await asyncio.wait(either, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             if links.failed.done():
                 links.failed.result()
             await asyncio.to_thread(store.retire_idle)

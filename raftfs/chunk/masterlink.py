@@ -4,9 +4,9 @@ Every master gets the same stream: hello, all copies, ready, then each change an
 reply to an order leaves after the report of what it changed, on the same link, because reports are
 queued in the loop before the order's future resolves.
 
-Terms: an order of a lower term than the highest seen is refused. The highest term is not kept over a
-restart: after one, no order of an older leader can be under way (its links died with the process), and
-each leader announces its term on every new link before anything else.
+Terms: an order of a lower term than the highest seen is refused. The highest term is not kept over
+a restart: after one, no order of an older leader can be under way (its links died with the
+process), and each leader announces its term on every new link before anything else.
 """
 
 import asyncio

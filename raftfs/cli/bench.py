@@ -1,8 +1,10 @@
-"""`raftfs bench PATH`: what the articles measured, on any mounted tree and beside it on the local disk.
+"""`raftfs bench PATH`: what the articles measured, on any mounted tree and beside it on the local
+disk.
 
-The dd series writes zeros in blocks of 10K, 50K, 100K and 1M, once with the time of close, once with
-fsync too; reading is cold where the kernel's caches may be dropped (as root). The small-file run
-writes, reads and removes files of 10 KiB in directories of 50. Every figure is measured here and now.
+The dd series writes zeros in blocks of 10K, 50K, 100K and 1M, once with the time of close, once
+with fsync too; reading is cold where the kernel's caches may be dropped (as root). The small-file
+run writes, reads and removes files of 10 KiB in directories of 50. Every figure is measured here
+and now.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from raftfs.const import KIB, MIB
@@ -74,7 +77,7 @@ def measure(path: Path, count: int, files: int) -> Figures:
             number = count // 5 if size == MIB else count
             for sync in (False, True):
                 name = f"dd {label} x {number}{' fsync' if sync else ''}"
-                took = _timed(lambda s=size, n=number, f=sync: _dd(folder / "dd", s, n, sync=f))
+                took = _timed(partial(_dd, folder / "dd", size, number, sync=sync))
                 figures[f"write {name}"] = (size * number / MIB / took, "MB/s")
         drop_caches()
         size = (folder / "dd").stat().st_size

@@ -1,9 +1,9 @@
 """`raftfs-metalogger`: a read-only learner that writes the classic changelog files.
 
-It follows the Raft log without a vote, applies it to a state file of its own, and appends every line to
-`changelog_ml.0.mfs`, which is rotated each hour (`changelog_ml.N.mfs`, the oldest beyond --back-logs
-go). Where it received a snapshot instead of the entries, the lines in between are missing: it says so
-in the file, loudly.
+It follows the Raft log without a vote, applies it to a state file of its own, and appends every
+line to `changelog_ml.0.mfs`, which is rotated each hour (`changelog_ml.N.mfs`, the oldest beyond
+--back-logs go). Where it received a snapshot instead of the entries, the lines in between are
+missing: it says so in the file, loudly.
 """
 
 import argparse

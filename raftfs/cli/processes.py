@@ -1,4 +1,5 @@
-"""Processes of a cluster on this machine: started, recognised, signalled, ended. By pid, never by name.
+"""Processes of a cluster on this machine: started, recognised, signalled, ended. By pid, never by
+name.
 
 A pid alone can be recycled; with the process's start time it cannot be mistaken.
 """

@@ -2,8 +2,8 @@
 
     ADDRESS DIRECTORY [OPTION{,OPTION}]
 
-ADDRESS: `*`, `A.B.C.D`, `A.B.C.D/BITS`, `A.B.C.D/MASK`, `A.B.C.D-E.F.G.H`. DIRECTORY: `/path`, or `.`
-for the meta file system. All lines that match are candidates; the most generous one applies.
+ADDRESS: `*`, `A.B.C.D`, `A.B.C.D/BITS`, `A.B.C.D/MASK`, `A.B.C.D-E.F.G.H`. DIRECTORY: `/path`, or
+`.` for the meta file system. All lines that match are candidates; the most generous one applies.
 """
 
 import grp
@@ -12,9 +12,9 @@ import hmac
 import ipaddress
 import pwd
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from raftfs.const import GOAL_MAX, GOAL_MIN
 from raftfs.errors import ConfigError
@@ -103,7 +103,7 @@ def _addresses(text: str) -> tuple[int, int]:
 
 
 def _with_option(line: ExportLine, name: str, value: str) -> ExportLine:
-    flags = {
+    flags: dict[str, dict[str, Any]] = {
         "ro": {"readonly": True}, "readonly": {"readonly": True}, "rw": {"readonly": False},
         "readwrite": {"readonly": False}, "alldirs": {"alldirs": True},
         "dynamicip": {"dynamicip": True}, "ignoregid": {"ignoregid": True},
@@ -111,7 +111,7 @@ def _with_option(line: ExportLine, name: str, value: str) -> ExportLine:
     name = name.lower()
     if name in flags and not value:
         return line._replace(**flags[name])
-    parsers = {
+    parsers: dict[str, Callable[[str], Any]] = {
         "maproot": _identity, "mapall": _identity, "minversion": _version, "mingoal": _goal,
         "maxgoal": _goal, "mintrashtime": _duration, "maxtrashtime": _duration,
     }  # fmt: skip

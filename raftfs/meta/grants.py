@@ -142,7 +142,8 @@ class Grants:
             chunk, _ = read.file_chunk(self._rows, ask.inode, ask.index)
             if chunk is None:
                 return await self._fresh(session, ask, replace=False)
-            # A lock of session 0 is a dead leader's unfinished settling: whoever comes next, ends it.
+            # A lock of session 0 is a dead leader's unfinished settling: whoever comes next, ends
+            # it.
             if chunk.lock and chunk.lock_session not in (0, session):
                 raise ReplyError(Status.LOCKED)
             failed = set(ask.failed)

@@ -7,7 +7,7 @@ by the leader only, reads after a read barrier, mutations when they are committe
 import errno
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import structlog
@@ -121,7 +121,7 @@ class ClientService:
         if not self._replica.is_leader:
             raise self._not_leader()
         if kind is m.Register:
-            return self._led(self._register(link, ask))
+            return self._led(self._register(link, cast(m.Register, ask)))
         if not isinstance(link.context, ClientContext):
             raise ReplyError(Status.NO_SESSION)
         if not link.context.session and kind not in _TOOL_REQUESTS:

@@ -15,6 +15,7 @@ bytes, and `digest()` folds all such rows.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ class MetaStore:
     def __init__(self, path: Path, *, cache_rows: int = 200_000) -> None:
         self._path = path
         self._cache_rows = cache_rows
-        self._decoders = {t: msgspec.msgpack.Decoder(c) for t, c in TABLES.items()}
+        self._decoders: dict[int, Any] = {t: msgspec.msgpack.Decoder(c) for t, c in TABLES.items()}
         self._open()
 
     def _open(self) -> None:
@@ -105,8 +106,9 @@ class MetaStore:
         self._unfolded: dict[bytes, bytes | None] = {}
         self._reader: Any = None
         self._snapshot()
+        reader: Any = self._reader
         try:
-            raw = self._reader.get(_APPLIED_KEY)
+            raw = reader.get(_APPLIED_KEY)
             row = msgspec.msgpack.decode(raw, type=AppliedRow) if raw else _new_applied()
         except (lmdb.Error, msgspec.MsgspecError) as e:
             raise UserError(f"metadata file {self._path} is damaged: {e}") from None
@@ -196,7 +198,7 @@ class MetaStore:
     def _remember(self, key: bytes, row: Row | None) -> None:
         if len(self._cache) >= self._cache_rows:
             # Dictionaries keep insertion order: drop the oldest tenth, cheap and nearly LRU.
-            for old in [k for k, _ in zip(self._cache, range(self._cache_rows // 10 + 1))]:
+            for old in list(itertools.islice(self._cache, self._cache_rows // 10 + 1)):
                 del self._cache[old]
         self._cache[key] = row
 
@@ -321,7 +323,7 @@ def check_whole(path: Path) -> None:
         env.close()
     if path.stat().st_size < pages * page_size:
         try:
-            problems = verify(str(path), subdir=False)
+            problems = list(verify(str(path), subdir=False))  # type: ignore[no-untyped-call]
         except VerifyError as e:
             problems = [e]
         if problems:

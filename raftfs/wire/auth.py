@@ -31,7 +31,8 @@ NONCE_BYTES = 32
 
 
 class AuthError(RaftfsError):
-    """The other side could not prove that it knows the cluster key, or a frame was tampered with."""
+    """The other side could not prove that it knows the cluster key, or a frame was tampered with.
+    """
 
 
 class Hello(Record):

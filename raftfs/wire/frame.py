@@ -71,7 +71,8 @@ def pack_control(content: bytes) -> bytes:
 
 
 class Splitter:
-    """Cuts a byte stream into the contents of control frames; holds at most one unfinished frame."""
+    """Cuts a byte stream into the contents of control frames; holds at most one unfinished frame.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -99,7 +100,8 @@ class Splitter:
 
 
 def send_data(sock: socket.socket, head: Any, payload: Buffer = b"") -> None:
-    """Send one data frame; the payload is never copied. OSError (TimeoutError) if the link breaks."""
+    """Send one data frame; the payload is never copied. OSError (TimeoutError) if the link breaks.
+    """
     body = _encoder.encode(head)
     size = len(payload)
     if size > DATA_PAYLOAD_MAX or len(body) > DATA_HEAD_MAX:
@@ -153,7 +155,8 @@ def crc32(data: Buffer, value: int = 0) -> int:
 
 
 def piece_crcs(offset: int, data: Buffer) -> list[int]:
-    """CRC32 of each piece of `data`, which starts at `offset` in its chunk, cut at block borders."""
+    """CRC32 of each piece of `data`, which starts at `offset` in its chunk, cut at block borders.
+    """
     view = memoryview(data)
     crcs, at, end = [], 0, len(view)
     step = BLOCK_SIZE - offset % BLOCK_SIZE

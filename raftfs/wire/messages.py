@@ -446,7 +446,8 @@ DataRequest = WriteData | ZeroData | SyncData | ReadData | ListBlocks
 
 
 class DataReply(Record):
-    """`status` 0, errno or `Status`. `failed` is the UUID of the server at fault, b"" for success."""
+    """`status` 0, errno or `Status`. `failed` is the UUID of the server at fault, b"" for success.
+    """
 
     id: int
     status: int

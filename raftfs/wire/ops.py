@@ -141,7 +141,8 @@ class Rename(Tagged, tag=6):
 
 
 class SetAttr(Tagged, tag=7):
-    """mode, owner and times: -> Attr. A field of None stays; a time of -1 means the entry's time."""
+    """mode, owner and times: -> Attr. A field of None stays; a time of -1 means the entry's time.
+    """
 
     inode: int
     mode: int | None = None
@@ -261,7 +262,8 @@ class ForgetChunk(Tagged, tag=16):
 
 
 class SetGoal(Tagged, tag=17):
-    """-> GoalCounts, for this one node. mode: 0 set, 1 only raise, 2 only lower. uid 0 may always."""
+    """-> GoalCounts, for this one node. mode: 0 set, 1 only raise, 2 only lower. uid 0 may always.
+    """
 
     inode: int
     uid: int

@@ -107,7 +107,8 @@ def page(status: ReplicaStatus) -> str:
             for s in status.servers
         ),
     ]  # fmt: skip
-    tables = "".join(_table(rows) for rows in ([("", ""), *facts], peers, servers))
+    groups: list[list[tuple[str, ...]]] = [[("", ""), *facts], [*peers], [*servers]]
+    tables = "".join(map(_table, groups))
     return _PAGE.format(name=html.escape(status.name), tables=tables)
 
 

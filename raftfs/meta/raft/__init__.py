@@ -1,1 +1,2 @@
-"""Consensus: pysyncobj made safe, its durable journal, snapshots, identities, the asyncio driver."""
+"""Consensus: pysyncobj made safe, its durable journal, snapshots, identities, the asyncio driver.
+"""

@@ -1,7 +1,7 @@
 """The durable log of one replica: append-only segments, group commit, damage told from torn tails.
 
-A segment is a file of *blobs*. All records since the last `sync()` leave as one blob: one write, one
-fdatasync. The next blob is written only after that returned, so
+A segment is a file of *blobs*. All records since the last `sync()` leave as one blob: one write,
+one fdatasync. The next blob is written only after that returned, so
 
     the last blob is incomplete or fails its CRC      torn by a crash, nobody was told: cut
     a bad blob, and a valid later one with a higher   the disk changed what was durable: stop

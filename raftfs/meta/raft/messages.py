@@ -6,7 +6,8 @@ Entry = tuple[bytes, int, int]  # command, index, term
 
 
 class Append(Tagged, tag=1):
-    """Leader: entries after `prev_index`; none is a heartbeat. `seq` numbers the leader's rounds."""
+    """Leader: entries after `prev_index`; none is a heartbeat. `seq` numbers the leader's rounds.
+    """
 
     term: int
     seq: int

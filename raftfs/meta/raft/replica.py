@@ -1,9 +1,10 @@
 """One replica: the safe Raft node driven by asyncio, its checkpoints, snapshots and membership.
 
-Life: `start` loads identity and journal, opens the links, waits until every peer was met once (first
-start only), then the node runs: each message or proposal schedules one `_run` for the end of the
-loop's turn (replicate, make durable, acknowledge, commit, apply), and a timer does so every 10 ms.
-Tasks: `_checkpoints` (freeze in the loop, write in a thread, thaw in the loop, compact the journal).
+Life: `start` loads identity and journal, opens the links, waits until every peer was met once
+(first start only), then the node runs: each message or proposal schedules one `_run` for the end of
+the loop's turn (replicate, make durable, acknowledge, commit, apply), and a timer does so every 10
+ms. Tasks: `_checkpoints` (freeze in the loop, write in a thread, thaw in the loop, compact the
+journal).
 
 Whatever must not be survived (journal error, bug in apply, damaged state) resolves `failed`; the
 owner stops the process. Nothing is served from then on.

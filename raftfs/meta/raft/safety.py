@@ -13,7 +13,7 @@ No method here awaits or blocks except for the journal's fdatasync. Time is
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pysyncobj
 import structlog
@@ -21,7 +21,7 @@ from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, syncobj
 from pysyncobj.journal import Journal
 from pysyncobj.node import Node
 
-from raftfs.errors import NotLeader, OutcomeUnknown, RaftfsError, UserError, invariant
+from raftfs.errors import NotLeader, OutcomeUnknown, UserError, invariant
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.messages import (
     Ack,
@@ -229,7 +229,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
     @property
     def leads(self) -> bool:
         """Leader, and everything that older leaders committed is applied."""
-        return self.state == LEADER and self.last_applied >= self.noop_index
+        return bool(self.state == LEADER and self.last_applied >= self.noop_index)
 
     def _answer_reads(self) -> None:
         if not self._reads:
@@ -371,8 +371,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         if self.state == LEADER:
             limit = now - Timings.low_s
             heard = sum(self.last_response.get(n, limit) > limit for n in self.voters)
-            return 2 * (heard + 1) > len(self.voters) + 1
-        return self.leader_node is not None and now - self._leader_heard < Timings.low_s
+            return bool(2 * (heard + 1) > len(self.voters) + 1)
+        return bool(self.leader_node is not None and now - self._leader_heard < Timings.low_s)
 
     def _on_vote(self, node: Node, m: Vote) -> None:
         """As Raft has it, but a node that hears its leader is not to be disturbed (stickiness)."""
@@ -559,7 +559,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
     def _SyncObj__tryLogCompaction(self) -> None:  # noqa: N802
         """The owner compacts after its checkpoints."""
 
-    _HANDLERS = {
+    _HANDLERS: ClassVar[dict[Any, Any]] = {
         Append: _on_append, Contact: _on_contact, Ack: _on_ack, Vote: _on_vote,
         VoteGiven: _on_vote_given, PreVote: _on_pre_vote, PreVoteAnswer: _on_pre_vote_answer,
         CampaignNow: _on_campaign_now,

@@ -2,9 +2,9 @@
 
 Leader: a compacted copy of its last checkpoint, zstd-compressed, in numbered pieces, each with its
 CRC, a few under way at a time; the follower names the offset that it wants next, so a lost piece or
-link only repeats. Follower: collects, decompresses (zstd checks the whole), checks that it is a state
-file of the promised index, and only then becomes it, by rename. An older state never replaces a
-newer one.
+link only repeats. Follower: collects, decompresses (zstd checks the whole), checks that it is a
+state file of the promised index, and only then becomes it, by rename. An older state never replaces
+a newer one.
 """
 
 import asyncio

@@ -9,7 +9,7 @@ their numbers do, so a scan of a table goes by number, a scan of a group by the 
 | N | inode | | Node | attributes of a file, directory, ... |
 | E | parent | name | Edge | an entry of a directory |
 | T | inode | | Target | where a symbolic link points |
-| M | inode | index (8) | MapEntry | which chunk holds the file's bytes index*64 MiB...; none: a hole |
+| M | inode | index (8) | MapEntry | which chunk holds that 64 MiB of a file; none: a hole |
 | C | chunk | | ChunkRow | a chunk: version, lock, owner |
 | D | chunk | | Mark | the chunk has no reference left: its copies are to be destroyed |
 | L | session | chunk (8) | Mark | the session holds the lock of the chunk |
@@ -83,11 +83,11 @@ class Mark(Record):
 class ChunkRow(Record):
     """A chunk.
 
-    `version`: committed; older copies are stale. `reserved` >= version: the highest version that any
-    copy may ever have been told to take; never given out twice. `refs`: map entries that name it;
-    0: doomed. `goal`: the highest of its files'. `lock`: 0, or the token of the running grant, held
-    by `lock_session`. `born`: some write was committed. `owner`, `index`: the file and index that
-    refer to it.
+    `version`: committed; older copies are stale. `reserved` >= version: the highest version that
+    any copy may ever have been told to take; never given out twice. `refs`: map entries that name
+    it; 0: doomed. `goal`: the highest of its files'. `lock`: 0, or the token of the running grant,
+    held by `lock_session`. `born`: some write was committed. `owner`, `index`: the file and index
+    that refer to it.
     """
 
     id: int

@@ -161,7 +161,8 @@ class World:
         term = self.term
         proposer = FakeProposer(self, term)
         hub = ChunkHub(lambda: b"c" * 16, lambda: term, lambda chunks: None)
-        self.grants = Grants(self.rows, hub, proposer, lambda: term, self.chance.random)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        self.grants = Grants(self.rows, hub, proposer, lambda: term, self.chance.random)
         self.hub = hub
         hub.lead()
         for server in self.servers:

@@ -187,11 +187,11 @@ def test_truncating_up_zeroes_the_tail() -> None:
     async def test() -> None:
         async with bench() as b:
             handle, _ = await _with_garbage(b, 10)
-            await b.contents.truncate(handle.file.inode, 300_000)  # type: ignore[attr-defined]
+            await b.contents.truncate(handle.file.inode, 300_000)
             got = await b.read(handle, 0, 400_000)  # type: ignore[arg-type]
             assert got == b"d" * 10 + bytes(299_990)
             assert b.stored(1, handle)[10:300_000] == bytes(299_990)  # type: ignore[arg-type]
-            grant = b.cluster.state.grant(0, m.WriteChunk(handle.file.inode, 0, []))  # type: ignore[attr-defined]
+            grant = b.cluster.state.grant(0, m.WriteChunk(handle.file.inode, 0, []))
             assert grant.lock  # nothing of ours is left locked
 
     run(test)
@@ -231,9 +231,9 @@ def test_others_bytes_below_a_length_that_we_did_not_know_are_not_zeroed() -> No
             # another client has extended the file to 200 bytes of "o" meanwhile
             for server in b.cluster.servers:
                 server.copies[chunk].write(10, b"o" * 190)
-            grant = b.cluster.state.grant(0, m.WriteChunk(handle.file.inode, 0, []))  # type: ignore[attr-defined]
+            grant = b.cluster.state.grant(0, m.WriteChunk(handle.file.inode, 0, []))
             written = [ops.Written(chunk, grant.lock, True)]
-            b.cluster.state.commit(ops.CommitWrite(handle.file.inode, 200, 1, written))  # type: ignore[attr-defined]
+            b.cluster.state.commit(ops.CommitWrite(handle.file.inode, 200, 1, written))
             await b.contents.write(handle, 1_000, b"end")  # type: ignore[arg-type]
             await b.contents.flush(handle)  # type: ignore[arg-type]
             expected = b"d" * 10 + b"o" * 190 + bytes(800) + b"end"

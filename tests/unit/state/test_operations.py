@@ -4,6 +4,7 @@
 """
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -141,7 +142,7 @@ def test_setattr_and_the_fate_of_setid_bits(c: Cluster) -> None:
     assert (attr.atime, attr.mtime, attr.ctime) == (5, now, now)
 
 
-def grant(c: Cluster, file: int, index: int = 0, session: int = 1, *, up: bool = False):  # type: ignore[no-untyped-def]
+def grant(c: Cluster, file: int, index: int = 0, session: int = 1, *, up: bool = False) -> Any:
     return c.do(ops.GrantWrite(file, index, up), session)
 
 
