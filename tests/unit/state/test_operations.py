@@ -208,7 +208,7 @@ def test_length_cuts_chunks_and_respects_other_writers(c: Cluster) -> None:
     c.do(ops.Length(file, CHUNK_SIZE + 1))
     assert [r is not None for _, r in read.file_chunks(c.rows, file, 0, 9)] == [True, True]
     assert read.doomed(c.rows, 0, 9) == [last.chunk]
-    assert c.refused(ops.ForgetChunk(read.file_chunk(c.rows, file, 0)[0].id)) == errno.EBUSY  # type: ignore[union-attr]
+    assert c.refused(ops.ForgetChunk(read.file_chunk(c.rows, file, 0)[0].id)) == errno.EBUSY
     c.do(ops.ForgetChunk(last.chunk), session=0)
     assert read.chunk(c.rows, last.chunk) is None
     assert c.refused(ops.Length(file, -1)) == errno.EINVAL
