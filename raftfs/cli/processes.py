@@ -6,12 +6,16 @@ A pid alone can be recycled; with the process's start time it cannot be mistaken
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import raftfs
 from raftfs.errors import UserError
+
+_UMOUNT_TIMEOUT_S = 15.0
 
 
 def start_time(pid: int) -> int:
@@ -33,11 +37,16 @@ def state_of(pid: int, started: int) -> str:
 
 
 def launch(argv: list[str], log: Path) -> tuple[int, int]:
-    """Start a daemon with its output appended to a file; gives pid and start time."""
+    """Start a daemon with its output appended to a file; gives pid and start time.
+
+    It runs the same raftfs as this command, also from a source tree that is not installed.
+    """
+    source = str(Path(raftfs.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     with open(log, "ab") as out:
         child = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-            cwd="/",
+            cwd="/", env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
     return child.pid, start_time(child.pid)
 
@@ -84,22 +93,38 @@ def mounted_at(path: Path) -> str:
     wanted = str(path)
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
-        if fields[4].replace("\\040", " ") == wanted:
+        if re.sub(r"\\([0-7]{3})", lambda o: chr(int(o[1], 8)), fields[4]) == wanted:
             return fields[2].partition(":")[2]
     return ""
 
 
 def unmount(path: Path) -> None:
-    """Unmount; if that hangs, detach lazily and abort the connection. UserError if all fails."""
-    for attempt in (["umount", str(path)], ["umount", "-l", str(path)]):
+    """Unmount, at once if nothing uses it, else detached (the daemon still serves what is open).
+
+    A daemon that does not answer keeps umount waiting in the kernel: then the connection is
+    aborted, which fails whatever waits for it. UserError if it is mounted even then.
+    """
+    root = os.geteuid() == 0
+    for lazily in ([], ["-l"]):
         connection = mounted_at(path)
         if not connection:
             return
-        if "-l" in attempt:
-            with contextlib.suppress(OSError):
-                Path(f"/sys/fs/fuse/connections/{connection}/abort").write_text("1")
-        tool = attempt if os.geteuid() == 0 else ["fusermount3", "-u", *attempt[1:]]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(tool, timeout=20, capture_output=True, check=False)
+        tool = ["umount", "-c"] if root else ["fusermount3", "-u"]
+        if lazily and not root:
+            lazily = ["-z"]
+        child = subprocess.Popen(
+            [*tool, *lazily, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            child.wait(_UMOUNT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            abort(connection)
+            child.wait(_UMOUNT_TIMEOUT_S)
     if mounted_at(path):
         raise UserError(f"{path} cannot be unmounted: something still uses it (see fuser -m)")
+
+
+def abort(connection: str) -> None:
+    """Fail everything that waits for a FUSE daemon which does not answer any more."""
+    with contextlib.suppress(OSError):
+        Path(f"/sys/fs/fuse/connections/{connection}/abort").write_text("1")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raftfs.wire.auth import ClusterKey
-from tests.conftest import NEEDS_FUSE, free_port_base
+from tests.conftest import NEEDS_FUSE
 from tests.scenario.cluster import ScenarioCluster
 
 MASTER, CHUNK, MOUNT = "raftfs.cli.master", "raftfs.chunk.main", "raftfs.mount.main"

@@ -1,4 +1,6 @@
-"""Stories that an administrator would tell: each a cluster of its own, real processes, a real mount."""
+"""Stories that an administrator would tell: each a cluster of its own, real processes, a real
+mount.
+"""
 
 import hashlib
 import os
