@@ -33,7 +33,8 @@ from raftfs.wire.ops import DropCopy, ForgetChunk
 log = structlog.get_logger("raftfs.healer")
 
 TICK_S = 0.25
-SLICE = 500  # chunks examined before the loop gets a turn
+SLICE = 100  # chunks examined before the loop gets a turn
+SWEEP_PAUSE_S = 0.02  # between slices of a sweep, so that it takes a small share of the time
 REPAIRS_MAX = 8
 DOOMED_SLICE = 200
 
@@ -124,6 +125,7 @@ class Healer:
                 self._due.setdefault(chunk.id, 0.0)
             after = rows[-1].id
             await self._examine_due()
+            await asyncio.sleep(SWEEP_PAUSE_S)
         for at, chunk_id in enumerate(list(self._hub.where)):
             if read.chunk(self._rows, chunk_id) is None:
                 self._due.setdefault(chunk_id, 0.0)

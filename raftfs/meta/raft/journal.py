@@ -30,7 +30,7 @@ from pysyncobj.journal import Journal
 from raftfs.errors import RaftfsError, UserError, invariant
 from raftfs.wire.frame import crc32
 
-SEGMENT_BYTES = 16 << 20
+SEGMENT_BYTES = 4 << 20  # small, because a new one is filled with zeros while the loop waits
 _MAGIC = b"RFSJRNL\x01"
 _BLOB = struct.Struct("<8sQII")
 _CRC_PART = struct.Struct("<QI")
@@ -56,9 +56,14 @@ class Files:
         return path.read_bytes()
 
     def create(self, path: Path, size: int) -> Any:
-        """A new file of `size` zero bytes; gives a handle."""
+        """A new file of `size` zero bytes, durable; gives a handle.
+
+        The zeros are written, not only allocated: an fdatasync that must turn unwritten extents into
+        written ones waits for the file system's own journal, and for whatever else is in it.
+        """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.posix_fallocate(fd, 0, size)
+        self.write(fd, bytes(size), 0)
+        os.fsync(fd)
         return fd
 
     def write(self, handle: Any, data: bytes, offset: int) -> None:

@@ -1,0 +1,250 @@
+"""The journal keeps everything that `sync` confirmed, through every cut; damage stops it."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from raftfs.errors import InvariantError, UserError
+from raftfs.meta.raft.journal import DurableJournal, JournalError
+from tests.unit.raft.disks import FakeFiles, PowerCut
+
+FOLDER = Path("journal")
+SMALL = 600  # bytes a segment, so that stories cross many
+
+
+def journal(files: FakeFiles, segment: int = SMALL) -> DurableJournal:
+    return DurableJournal(FOLDER, files, segment)
+
+
+def entries(j: DurableJournal) -> list[tuple[bytes, int, int]]:
+    return [j[i] for i in range(len(j))]
+
+
+def entry(index: int, term: int = 1) -> tuple[bytes, int, int]:
+    return (b"\x00entry %d " % index + b"x" * (index % 37), index, term)
+
+
+def test_everything_comes_back_over_many_segments() -> None:
+    files = FakeFiles()
+    j = journal(files)
+    for index in range(1, 60):
+        j.add(*entry(index))
+        if index % 3 == 0:
+            j.sync()
+        if index % 10 == 0:
+            j.setCurrentTerm(index, f"node{index}")
+    j.sync()
+    again = journal(files.after_power_cut())
+    assert entries(again) == [entry(i) for i in range(1, 60)]
+    assert (again.getCurrentTerm(), again.getVotedForNodeId()) == (50, "node50")
+    assert len(files.content) > 5
+
+
+def test_cut_and_reset_come_back() -> None:
+    files = FakeFiles()
+    j = journal(files)
+    for index in range(1, 21):
+        j.add(*entry(index))
+    j.sync()
+    j.deleteEntriesFrom(9)
+    for index in range(10, 13):
+        j.add(*entry(index, term=2))
+    j.sync()
+    want = [entry(i) for i in range(1, 10)] + [entry(i, 2) for i in range(10, 13)]
+    assert entries(journal(files.after_power_cut())) == want
+    j.reset_to(500, 7)
+    again = journal(files.after_power_cut())
+    assert [(i, t) for _, i, t in entries(again)] == [(500, 7)]
+    j.add(*entry(501, 7))
+    j.sync()
+    assert [i for _, i, _ in entries(journal(files.after_power_cut()))] == [500, 501]
+
+
+def test_compaction_unlinks_whole_segments_and_keeps_the_rest() -> None:
+    files = FakeFiles()
+    j = journal(files)
+    for index in range(1, 101):
+        j.add(*entry(index))
+        j.sync()
+    before = len(files.content)
+    j.setCurrentTerm(9, "me")
+    j.compact(90, keep_entries=5, keep_bytes=10_000)
+    assert j.first_index == 85 and j.last_index == 100
+    assert len(files.content) < before / 3
+    again = journal(files.after_power_cut())
+    assert again.first_index <= 85 and again.last_index == 100
+    assert [e for e in entries(again) if e[1] >= 85] == [entry(i) for i in range(85, 101)]
+    assert (again.getCurrentTerm(), again.getVotedForNodeId()) == (9, "me")
+
+
+def test_the_kept_tail_is_bounded_in_bytes() -> None:
+    j = journal(FakeFiles(), 10_000)
+    for index in range(1, 51):
+        j.add(b"y" * 1000, index, 1)
+    j.sync()
+    j.compact(50, keep_entries=1000, keep_bytes=5_000)
+    assert 5 <= len(j) <= 7 and j.bytes_kept <= 7_000
+
+
+def _with_tail(cut: Callable[[bytearray, int, int], None]) -> list[tuple[bytes, int, int]]:
+    """Five durable entries, then a blob of two more that `cut` damages; what comes back."""
+    files = FakeFiles()
+    j = journal(files, 4096)
+    for index in range(1, 6):
+        j.add(*entry(index))
+        j.sync()
+    (name,) = files.content
+    start = j._offset
+    j.add(*entry(6))
+    j.add(*entry(7))
+    j.sync()
+    after = files.after_kill()
+    cut(after.content[name], start, j._offset)
+    again = journal(after, 4096)
+    found = entries(again)
+    again.add(*entry(len(found) + 1, 2))  # it must be able to go on, and to start once more
+    again.sync()
+    once_more = journal(after.after_kill(), 4096)
+    assert entries(once_more) == [*found, entry(len(found) + 1, 2)]
+    return found
+
+
+def _tail_length() -> int:
+    lengths: list[int] = []
+    _with_tail(lambda data, start, end: lengths.append(end - start))
+    return lengths[0]
+
+
+@pytest.mark.parametrize("kept", range(_tail_length()))
+def test_a_tail_cut_at_any_byte_is_forgotten_whole(kept: int) -> None:
+    def cut(data: bytearray, start: int, end: int) -> None:
+        data[start + kept : end] = bytes(end - start - kept)
+
+    found = _with_tail(cut)
+    assert found in ([entry(i) for i in range(1, 6)], [entry(i) for i in range(1, 8)])
+    # A cut that only removes zeros of the last entry's end may leave the blob whole.
+    assert len(found) == 5 or kept > _tail_length() - 40
+
+
+def test_a_tail_with_any_byte_changed_is_forgotten_whole() -> None:
+    for at in range(_tail_length()):
+        def flip(data: bytearray, start: int, end: int, at: int = at) -> None:
+            data[start + at] ^= 0x40
+
+        assert _with_tail(flip) == [entry(i) for i in range(1, 6)], f"byte {at}"
+
+
+def test_damage_before_durable_data_stops_the_node() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for _ in range(200):
+        files = FakeFiles()
+        j = journal(files)
+        ends = []
+        for index in range(1, 40):
+            j.add(*entry(index))
+            j.sync()
+            ends.append((j._segments[-1].number, j._offset))
+        after = files.after_power_cut()
+        number, offset = ends[chance.randrange(len(ends) - 1)]
+        name = f"{number:012d}.seg"
+        after.content[name][chance.randrange(offset)] ^= 1 << chance.randrange(8)
+        with pytest.raises(UserError, match="damaged"):
+            journal(after)
+
+
+def test_a_missing_segment_stops_the_node() -> None:
+    files = FakeFiles()
+    j = journal(files)
+    for index in range(1, 60):
+        j.add(*entry(index))
+        j.sync()
+    after = files.after_power_cut()
+    names = sorted(after.content)
+    del after.content[names[len(names) // 2]]
+    with pytest.raises(UserError, match="damaged|follows"):
+        journal(after)
+
+
+class Story:
+    """A fixed sequence of everything that a journal is asked; remembers what was confirmed."""
+
+    def __init__(self) -> None:
+        self.confirmed: list[tuple[bytes, int, int]] = []
+        self.written: list[tuple[bytes, int, int]] = []
+        self.vote = (0, "")
+        self.first_kept = 1
+
+    def run(self, files: FakeFiles) -> None:
+        j = journal(files)
+        for index in range(1, 30):
+            j.add(*entry(index))
+            self.written.append(entry(index))
+            if index % 2 == 0:
+                j.sync()
+                self.confirmed = list(self.written)
+            if index == 11:
+                j.deleteEntriesFrom(8)
+                j.sync()
+                # a cut never removes what the leader confirmed; here it stands for a conflict
+                j.add(b"new9", 9, 2)
+                j.add(b"new10", 10, 2)
+                j.add(b"new11", 11, 2)
+                self.written[8:] = [(b"new9", 9, 2), (b"new10", 10, 2), (b"new11", 11, 2)]
+                self.confirmed = self.written[:8]
+            if index % 7 == 0:
+                j.setCurrentTerm(index, "me")
+                self.vote = (index, "me")
+                self.confirmed = list(self.written)
+            if index == 20:
+                self.first_kept = 14
+                j.compact(16, keep_entries=2, keep_bytes=10_000)
+
+
+@pytest.mark.parametrize("how", ["power cut", "kill"])
+def test_a_stop_at_every_write_and_sync_loses_nothing_confirmed(how: str) -> None:
+    at = 0
+    while True:
+        at += 1
+        files, story = FakeFiles(fail_at=at), Story()
+        try:
+            story.run(files)
+        except PowerCut:
+            pass
+        else:
+            break
+        after = files.after_power_cut() if how == "power cut" else files.after_kill()
+        again = journal(after)
+        found = entries(again)
+        have = {index: e for e in found for index in (e[1],)}
+        for e in story.confirmed:
+            if e[1] >= story.first_kept and not (8 < e[1] < 12):
+                assert have.get(e[1]) == e, f"stop at call {at}: entry {e[1]}"
+        for e in found:
+            assert e in story.written or e == entry(e[1]), f"stop at call {at}: phantom {e[:2]}"
+        assert again.getCurrentTerm() >= story.vote[0], f"stop at call {at}: the term went back"
+        if again.getCurrentTerm() == story.vote[0]:
+            assert (again.getVotedForNodeId() or "") == story.vote[1]
+    assert at > 40, "the story must cross many writes and syncs"
+
+
+def test_after_a_failed_sync_the_journal_is_never_used_again() -> None:
+    files = FakeFiles()
+    j = journal(files)
+    j.add(*entry(1))
+    files._fail_at, files._error = files.calls + 2, OSError
+    with pytest.raises(JournalError, match="cannot be written"):
+        j.sync()
+    j.add(*entry(2))
+    with pytest.raises(InvariantError):
+        j.sync()
+
+
+def test_a_gap_is_a_bug() -> None:
+    j = journal(FakeFiles())
+    j.add(*entry(1))
+    with pytest.raises(InvariantError, match="gap"):
+        j.add(*entry(3))
