@@ -11,8 +11,9 @@ up: setup
 	@$(RAFTFS) cluster up --mount $(MOUNT)
 	@echo
 	@echo "raftfs is mounted on ./$(MOUNT). Try:"
-	@echo "  cp -r /usr/share/doc $(MOUNT)/ && .venv/bin/mfsfileinfo $(MOUNT)/doc/*/copyright | head"
-	@echo "  .venv/bin/mfssetgoal -r 3 $(MOUNT)/doc       # three copies of everything below"
+	@echo "  head -c 100M /dev/urandom > $(MOUNT)/big"
+	@echo "  .venv/bin/mfsfileinfo $(MOUNT)/big            # its chunks and their copies"
+	@echo "  .venv/bin/mfssetgoal 3 $(MOUNT)/big           # three copies of each"
 	@echo "  .venv/bin/raftfs cluster kill leader         # and go on writing"
 	@echo "  .venv/bin/raftfs status                      # who leads now"
 	@echo "  make down"
@@ -27,7 +28,7 @@ check: setup
 
 test: check
 	@for part in test_tidy.py unit model sim chunk cli scenario; do \
-		[ -e tests/$$part ] || continue; \
+		[ -n "$$(find tests/$$part -name 'test_*.py' 2>/dev/null)" ] || continue; \
 		echo "== tests/$$part"; \
 		.venv/bin/python -m pytest -q tests/$$part || exit 1; \
 	done

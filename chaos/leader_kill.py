@@ -26,11 +26,13 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="leader_kill", description=__doc__.splitlines()[0])
     p.add_argument("--dir", type=Path, help="where to work (default: a new temporary folder)")
     p.add_argument("--kills", type=int, default=5)
+    p.add_argument("--seconds", type=float, default=2.0,
+                   help="of writing after each restart (default: %(default)s)")
     p.add_argument("--writers", type=int, default=4)
     p.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
     p.add_argument("--port-base", type=int, default=29400)
     p.add_argument("--keep", action="store_true", help="keep data and logs")
-    return p
+    return p  # fmt: skip
 
 
 def kill_leader(cluster: Cluster) -> tuple[float, str, int]:
@@ -60,16 +62,19 @@ def story(args: argparse.Namespace, folder: Path) -> int:
                 cluster.run("kill", "cs1")
                 time.sleep(2.0)
                 cluster.run("start", "cs1")
-            time.sleep(2.0)
+            time.sleep(args.seconds)
         last_term = cluster.status()["term"]
         writers.stop()
         cluster.remount()
-        return judge(list(writers.lines()), kills, last_term)
+        return judge(list(writers.lines()), kills, last_term, writers.crashes())
 
 
-def judge(lines: list[list[dict]], kills: list[tuple[float, str, int]], last_term: int) -> int:
+def judge(
+    lines: list[list[dict]], kills: list[tuple[float, str, int]], last_term: int,
+    crashes: list[str],
+) -> int:
     """Print what happened; 0 only if nothing was lost, nobody saw an error, and the kills hit."""
-    problems = [p for one in lines for p in verify(one)]
+    problems = [*crashes, *(p for one in lines for p in verify(one))]
     seen = [e for one in lines for e in errors(one)]
     stalls_ms = []
     for number, (at, name, term) in enumerate(kills, 1):

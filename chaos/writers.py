@@ -126,6 +126,11 @@ class Writers:
             if process.is_alive():
                 raise RuntimeError(f"writer {process.pid} hangs")
 
+    def crashes(self) -> list[str]:
+        """Writers that ended by themselves in another way than told to, one sentence each."""
+        return [f"writer {n} crashed with status {p.exitcode}"
+                for n, p in enumerate(self._processes) if p.exitcode]  # fmt: skip
+
     def lines(self) -> Iterator[list[dict[str, Any]]]:
         """Each writer's record."""
         for record in self.records:

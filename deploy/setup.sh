@@ -13,23 +13,20 @@ for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
 done
 
-# A Python that can make virtual environments and has its headers; the system's own needs packages.
+# A Python that is new enough, can make virtual environments and has its headers.
 choose_python() {
     local candidate
-    for candidate in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    for candidate in python3 /usr/bin/python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import ensurepip, os, sys, sysconfig
+header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+sys.exit(sys.version_info < (3, 11) or not os.path.exists(header))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
 }
 python=$(choose_python)
-if [ -z "$python" ]; then
-    missing+=(python3 python3-venv python3-dev)
-elif ! "$python" -c 'import ensurepip, os, sysconfig, sys
-sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' 2>/dev/null; then
-    missing+=(python3-venv python3-dev)
-fi
+[ -n "$python" ] || missing+=(python3 python3-venv python3-dev)
 
 if [ ${#missing[@]} -gt 0 ]; then
     if [ "$(id -u)" -ne 0 ]; then

@@ -12,6 +12,9 @@ import pytest
 
 from tests.scenario.cluster import ScenarioCluster
 
+# Programs that the tests start come from this tree, whatever is installed.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+
 NEEDS_FUSE = not Path("/dev/fuse").exists() or shutil.which("fusermount3") is None
 
 

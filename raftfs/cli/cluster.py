@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from raftfs.cli import processes
-from raftfs.cli.localcluster import LocalCluster, Node
+from raftfs.cli.localcluster import LocalCluster, Node, locked
 from raftfs.const import PORT_RAFT
 from raftfs.errors import UserError
 
@@ -32,11 +32,14 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     up = verb("up", "start the cluster, making it first if it is new; harmless when it runs")
-    up.add_argument("--masters", type=int, default=3)
-    up.add_argument("--chunkservers", type=int, default=3)
-    up.add_argument("--hdds", type=int, default=1, help="disks of each chunkserver")
-    up.add_argument("--mount", type=Path, metavar="PATH")
-    up.add_argument("--port-base", type=int, default=PORT_RAFT, metavar="N")
+    for option, number, text in (
+        ("--masters", 3, "master replicas"),
+        ("--chunkservers", 3, "chunkservers"),
+        ("--hdds", 1, "disks of each chunkserver"),
+        ("--port-base", PORT_RAFT, "first port"),
+    ):
+        up.add_argument(option, type=int, metavar="N", help=f"{text} (of a new cluster: {number})")
+    up.add_argument("--mount", type=Path, metavar="PATH", help="and mount it there")
     status = verb("status", "who leads, what runs, where to connect")
     status.add_argument("--json", action="store_true")
     kill = verb("kill", "send a signal to a process")
@@ -45,9 +48,8 @@ def parser() -> argparse.ArgumentParser:
     kill.add_argument("--signal", choices=_SIGNALS, default="KILL")
     start = verb("start", "start a process again")
     start.add_argument("name")
-    mount = verb("mount", "mount the file system")
+    mount = verb("mount", "mount the file system; after --: options for raftfs-mount")
     mount.add_argument("path", type=Path)
-    mount.add_argument("options", nargs="*", help="after --: options of raftfs-mount")
     logs = verb("logs", "print what a process wrote")
     logs.add_argument("name")
     replace = verb("replace", "bring back a master that lost its data, by a snapshot")
@@ -59,9 +61,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns the exit status."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # What stands after `--` is for raftfs-mount; argparse would only take it next to PATH.
+    split = words.index("--") if "--" in words else len(words)
+    args = parser().parse_args(words[:split])
+    args.options = words[split + 1 :]
     args.dir = args.dir.absolute()
     try:
+        if args.options and args.verb != "mount":
+            raise UserError(f"options after -- are for mount: {' '.join(args.options)}")
+        if args.verb in _CHANGES and (args.verb == "up" or args.dir.exists()):
+            with locked(args.dir):
+                return int(_VERBS[args.verb](args) or 0)
         return int(_VERBS[args.verb](args) or 0)
     except UserError as e:
         print(f"raftfs cluster {args.verb}: {e}", file=sys.stderr)
@@ -69,19 +80,47 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _up(args: argparse.Namespace) -> None:
-    if (args.dir / "cluster.json").exists():
-        cluster = LocalCluster.load(args.dir)
-    else:
+    new = not (args.dir / "cluster.json").exists()
+    if new:
         cluster = LocalCluster.create(
-            args.dir, args.masters, args.chunkservers, args.hdds, args.port_base
-        )
-    for node in cluster.nodes:
-        if node.role != "mount":
-            cluster.start(node)
-    cluster.wait_up()
-    if args.mount is not None and not processes.mounted_at(args.mount.absolute()):
+            args.dir, _given(args.masters, 3), _given(args.chunkservers, 3),
+            _given(args.hdds, 1), _given(args.port_base, PORT_RAFT),
+        )  # fmt: skip
+    else:
+        cluster = LocalCluster.load(args.dir)
+        _check_same(cluster, args)
+    try:
+        for node in cluster.nodes:
+            if node.role != "mount":
+                cluster.start(node)
+        cluster.wait_up()
+    except UserError:
+        if new:
+            cluster.forget()
+        raise
+    if args.mount is not None and not cluster.is_mounted(args.mount):
         cluster.mount(args.mount, [])
     _print_status(cluster)
+
+
+def _given(number: int | None, default: int) -> int:
+    return default if number is None else number
+
+
+def _check_same(cluster: LocalCluster, args: argparse.Namespace) -> None:
+    """A cluster that exists keeps its shape: UserError if other numbers are asked for."""
+    servers = cluster.by_role("chunkserver")
+    for option, asked, there in (
+        ("--masters", args.masters, len(cluster.by_role("master"))),
+        ("--chunkservers", args.chunkservers, len(servers)),
+        ("--hdds", args.hdds, servers[0].argv.count("--hdd")),
+        ("--port-base", args.port_base, cluster.port_base),
+    ):
+        if asked is not None and asked != there:
+            raise UserError(
+                f"the cluster in {cluster.folder} was made with {option} {there}, not {asked}: "
+                "give another --dir, or remove it with `raftfs cluster down --wipe`"
+            )
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -180,19 +219,7 @@ def _replace(args: argparse.Namespace) -> None:
         data.rename(kept)
         print(f"old data kept in {kept}")
     cluster.start(node, "--replace")
-    until = time.monotonic() + _REPLACE_TIMEOUT_S
-    name = f"127.0.0.1:{node.ports['raft']}"
-
-    def votes_again() -> bool:
-        views = [cluster.view(n) for n in others]
-        mine = cluster.view(node)
-        back = any({"name": name, "connected": True} in v["peers"] for v in views if v)
-        return back and mine is not None and mine["role"] != "candidate"
-
-    while not votes_again():
-        if node.state == "stopped" or time.monotonic() > until:
-            raise UserError(f"{node.name} did not come back:\n{cluster.tail(node)}")
-        time.sleep(0.1)
+    cluster.wait(f"replacing {node.name}", lambda: cluster.votes(node), [node], _REPLACE_TIMEOUT_S)
     print(f"{node.name} is back and votes (pid {node.pid})")
 
 
@@ -211,3 +238,4 @@ _VERBS = {
     "up": _up, "status": _status, "kill": _kill, "start": _start, "mount": _mount, "logs": _logs,
     "replace": _replace, "down": _down,
 }  # fmt: skip
+_CHANGES = ("up", "start", "mount", "replace", "down")

@@ -1,6 +1,7 @@
 """A whole cluster on this machine: its folder, its processes, what they say of themselves.
 
     D/cluster.json   what there is: every process with its command line, ports, pid and start time
+    D/cluster.lock   held by a command that changes the cluster, so that two never mix
     D/cluster.key    the cluster key
     D/log/NAME.log   output
     D/NAME/          data: m1.. masters, cs1.. chunkservers; mnt1.. mounts have none
@@ -9,26 +10,60 @@ Ports, counted from the port base B (default 9418): master i has B+10*i (Raft), 
 clients, +7 web; chunkserver j has B+500+j. Everything listens on 127.0.0.1 only.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from raftfs.cli import processes
 from raftfs.errors import UserError
+from raftfs.meta.raft.identity import Identity
 from raftfs.wire.auth import ClusterKey
 
 HOST = "127.0.0.1"
 MASTER_STEP, CHUNKSERVER_OFFSET = 10, 500
 START_TIMEOUT_S = 30.0
+MASTERS_MAX, CHUNKSERVERS_MAX, HDDS_MAX = 9, 99, 36  # what the port scheme and a machine can bear
+_LOCK_TIMEOUT_S = 60.0
 _TAIL_LINES = 5
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the cluster's lock: of two commands that change it, the second waits for the first.
+
+    UserError if the folder cannot be made or the other command does not end.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / "cluster.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as e:
+        raise UserError(f"{folder} cannot be used: {e.strerror}") from None
+    try:
+        until = time.monotonic() + _LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"another raftfs cluster command is still at work in {folder}"
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(fd)
 
 
 class Node:
@@ -84,17 +119,8 @@ class LocalCluster:
         cls, folder: Path, masters: int, chunkservers: int, hdds: int, port_base: int
     ) -> "LocalCluster":
         """A new cluster's folder, key and command lines; nothing runs yet."""
-        if masters == 2 or masters < 1:
-            raise UserError(
-                f"--masters {masters}: with two, losing either stops both; give 1, 3 or 5"
-            )
+        _check_numbers(masters, chunkservers, hdds, port_base)
         cluster = cls(folder, port_base, [])
-        try:
-            (folder / "log").mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"{folder} cannot be used: {e.strerror}") from None
-        if not cluster.key.exists():
-            ClusterKey.generate(cluster.key)
         bases = [port_base + MASTER_STEP * i for i in range(masters)]
         peers = ",".join(f"{HOST}:{b}" for b in bases)
         for number, base in enumerate(bases, 1):
@@ -102,8 +128,19 @@ class LocalCluster:
         for number in range(1, chunkservers + 1):
             cluster._add_chunkserver(number, hdds, bases)
         cluster._check_ports()
+        try:
+            (folder / "log").mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{folder} cannot be used: {e.strerror}") from None
+        if not cluster.key.exists():
+            ClusterKey.generate(cluster.key)
         cluster.save()
         return cluster
+
+    def forget(self) -> None:
+        """After a failed first start: stop what runs, so that another try begins anew."""
+        self.down()
+        (self.folder / "cluster.json").unlink(missing_ok=True)
 
     def _add_master(self, name: str, base: int, peers: str) -> None:
         argv = [
@@ -183,31 +220,38 @@ class LocalCluster:
 
     def start(self, node: Node, *extra: str) -> None:
         """Start a process that is not running; `extra` options only this time."""
-        if node.state != "stopped":
+        if node.state == "paused":
+            raise UserError(
+                f"{node.name} is paused: let it go on with `raftfs cluster kill {node.name} "
+                f"--signal CONT --dir {self.folder}`"
+            )
+        if node.state == "running":
             return
         node.pid, node.started = processes.launch([*node.argv, *extra], self.log(node))
         self.save()
 
-    def tail(self, node: Node) -> str:
+    def tail(self, node: Node, lines_max: int = _TAIL_LINES) -> str:
         """The last lines that a process wrote."""
         try:
             lines = self.log(node).read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return ""
-        return "\n".join(lines[-_TAIL_LINES:])
+        return "\n".join(lines[-lines_max:])
 
-    def wait(self, what: str, ready: Callable[[], bool], nodes: list[Node]) -> None:
-        """Wait for a condition. UserError, with its log's tail, when a process has died or time is
+    def wait(
+        self, what: str, ready: Callable[[], bool], nodes: list[Node],
+        timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        """Wait for a condition. UserError, with the log's tail, when a process has died or time is
         up."""
-        until = time.monotonic() + START_TIMEOUT_S
+        until = time.monotonic() + timeout_s
         while not ready():
             for node in nodes:
                 if node.state == "stopped":
                     raise UserError(f"{node.name} ended while {what}:\n{self.tail(node)}")
             if time.monotonic() > until:
-                raise UserError(
-                    f"gave up {what} after {START_TIMEOUT_S:.0f} s; see {self.folder}/log"
-                )
+                said = "\n".join(f"{n.name}: {self.tail(n, 1)}" for n in nodes)
+                raise UserError(f"gave up {what} after {timeout_s:.0f} s; last words:\n{said}")
             time.sleep(0.05)
 
     def wait_up(self) -> None:
@@ -230,13 +274,15 @@ class LocalCluster:
     def mount(self, path: Path, options: list[str]) -> Node:
         """Mount the file system; waits until it is there."""
         path = Path(os.path.abspath(path))
+        known = [n for n in self.by_role("mount") if n.path == str(path)]
+        if known and known[0].state == "stopped":
+            processes.unmount(path)  # what a mount that died has left there
         if processes.mounted_at(path):
             raise UserError(f"{path} is a mountpoint already")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"mountpoint {path} cannot be made: {e.strerror}") from None
-        known = [n for n in self.by_role("mount") if n.path == str(path)]
         number = 1 + max((int(n.name[3:]) for n in self.by_role("mount")), default=0)
         argv = [
             sys.executable, "-m", "raftfs.mount.main", str(path), "-H", ",".join(self.masters()),
@@ -244,11 +290,26 @@ class LocalCluster:
         ]  # fmt: skip
         entry = {"name": f"mnt{number}", "role": "mount", "argv": argv, "ports": {}}
         node = known[0] if known else Node({**entry, "path": str(path)})
+        node.argv = argv
         if not known:
             self.nodes.append(node)
         self.start(node)
-        self.wait(f"mounting {path}", lambda: bool(processes.mounted_at(path)), [node])
+        try:
+            self.wait(f"mounting {path}", lambda: bool(processes.mounted_at(path)), [node])
+        except UserError:
+            processes.end(node.pid, node.started)
+            self.nodes.remove(node)
+            self.save()
+            raise
         return node
+
+    def is_mounted(self, path: Path) -> bool:
+        """Whether a mount of this cluster is alive at the path."""
+        wanted = os.path.abspath(path)
+        return any(
+            n.path == wanted and n.state != "stopped" and processes.mounted_at(Path(wanted))
+            for n in self.by_role("mount")
+        )
 
     def masters(self) -> list[str]:
         """The masters' client addresses, as `-H` takes them."""
@@ -257,6 +318,7 @@ class LocalCluster:
     def down(self) -> None:
         """Unmount and stop everything; nothing is left running."""
         for node in self.by_role("mount"):
+            processes.send(node.pid, node.started, signal.SIGCONT)
             processes.unmount(Path(node.path))
             processes.end(node.pid, node.started, 20.0)
         for role in ("chunkserver", "master"):
@@ -268,6 +330,14 @@ class LocalCluster:
         self.save()
 
     # --- what it says of itself
+
+    def votes(self, node: Node) -> bool:
+        """Whether a master is a voter (so says its identity file) and in touch with a leader."""
+        path = self.folder / node.name / "identity.cbor"
+        view = self.view(node)
+        if not path.exists() or view is None or view["role"] == "candidate":
+            return False
+        return Identity.load_or_create(path, f"{HOST}:{node.ports['raft']}", voter=False).voter
 
     def view(self, node: Node) -> dict[str, Any] | None:
         """A master's own status, None if it does not answer."""
@@ -300,3 +370,17 @@ class LocalCluster:
                 for n in self.nodes
             ],
         }  # fmt: skip
+
+
+def _check_numbers(masters: int, chunkservers: int, hdds: int, port_base: int) -> None:
+    """UserError unless the numbers make a cluster."""
+    if masters == 2:
+        raise UserError("--masters 2: with two, losing either stops both; give 1, 3 or 5")
+    for option, number, low, high in (
+        ("--masters", masters, 1, MASTERS_MAX),
+        ("--chunkservers", chunkservers, 1, CHUNKSERVERS_MAX),
+        ("--hdds", hdds, 1, HDDS_MAX),
+        ("--port-base", port_base, 1024, 65_535 - CHUNKSERVER_OFFSET - CHUNKSERVERS_MAX),
+    ):
+        if not low <= number <= high:
+            raise UserError(f"{option} {number}: must be between {low} and {high}")

@@ -91,7 +91,7 @@ def mounted_at(path: Path) -> str:
     Reads only /proc: looking at the mountpoint itself could wait for a dead daemon for ever.
     """
     wanted = str(path)
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         fields = line.split()
         if re.sub(r"\\([0-7]{3})", lambda o: chr(int(o[1], 8)), fields[4]) == wanted:
             return fields[2].partition(":")[2]
@@ -119,7 +119,8 @@ def unmount(path: Path) -> None:
             child.wait(_UMOUNT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             abort(connection)
-            child.wait(_UMOUNT_TIMEOUT_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_UMOUNT_TIMEOUT_S)
     if mounted_at(path):
         raise UserError(f"{path} cannot be unmounted: something still uses it (see fuser -m)")
 

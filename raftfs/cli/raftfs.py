@@ -1,6 +1,7 @@
 """`raftfs`: every command under one name. `raftfs COMMAND --help` tells the rest."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -42,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"raftfs: no command {name!r}; see raftfs --help", file=sys.stderr)
         return 2
     module = importlib.import_module(f"raftfs.cli.{COMMANDS[name][0]}")
-    return int(module.main(rest))
+    try:
+        status = int(module.main(rest))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 def _keygen(words: list[str]) -> int:
