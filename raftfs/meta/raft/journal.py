@@ -58,8 +58,8 @@ class Files:
     def create(self, path: Path, size: int) -> Any:
         """A new file of `size` zero bytes, durable; gives a handle.
 
-        The zeros are written, not only allocated: an fdatasync that must turn unwritten extents into
-        written ones waits for the file system's own journal, and for whatever else is in it.
+        The zeros are written, not only allocated: an fdatasync that must turn unwritten extents
+        into written ones waits for the file system's own journal, and for whatever else is in it.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         self.write(fd, bytes(size), 0)

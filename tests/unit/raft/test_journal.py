@@ -165,7 +165,7 @@ def test_a_missing_segment_stops_the_node() -> None:
     after = files.after_power_cut()
     names = sorted(after.content)
     del after.content[names[len(names) // 2]]
-    with pytest.raises(UserError, match="damaged|follows"):
+    with pytest.raises(UserError, match=r"damaged|follows"):
         journal(after)
 
 
