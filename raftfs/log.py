@@ -1,14 +1,28 @@
 """How all programs log: human-readable on a terminal, one JSON object a line otherwise.
 
-Event names are short, values go as key=value. Context (request id, session, chunk) that was bound
-with `structlog.contextvars.bind_contextvars` appears in every line of that task.
+Event names are short, values go as key=value (session, chunk, server, ...). While a request is being
+served, every line names it: `request` is the caller's address and its number of the request, the
+same number under which the caller knows it.
 """
 
 import logging
 import sys
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import structlog
+
+# The request that is being served: (host, port) of the caller, and its number. Set by wire/rpc.
+REQUEST: ContextVar[tuple[tuple[str, int], int] | None] = ContextVar("request", default=None)
+
+
+def _name_request(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    request = REQUEST.get()
+    if request is not None:
+        (host, port), number = request
+        event.setdefault("request", f"{host}:{port}/{number}")
+    return event
 
 
 def setup(program: str, level: str = "info", file: Path | None = None) -> None:
@@ -16,6 +30,7 @@ def setup(program: str, level: str = "info", file: Path | None = None) -> None:
     stream = open(file, "a", buffering=1, encoding="utf-8") if file else sys.stderr  # noqa: SIM115
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _name_request,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -75,7 +75,10 @@ class CopyFile:
             header = Header.unpack(page)
             if header.chunk != self.chunk:
                 raise layout.LayoutError(f"the file holds chunk {header.chunk:016X}")
-            self._crcs = layout.unpack_table(self._door.pread(fd, HEADER_SIZE, TABLE_OFFSET))
+            table = self._door.pread(fd, HEADER_SIZE, TABLE_OFFSET)
+            if len(table) != HEADER_SIZE:
+                raise layout.LayoutError("the chunk's CRC table is cut off")
+            self._crcs = layout.unpack_table(table)
         except Exception:
             self._door.close(fd)
             raise
@@ -176,7 +179,7 @@ class CopyFile:
     def write(self, offset: int, data: Buffer, crcs: list[int]) -> None:
         """Write a range whose pieces have these CRCs. BAD_CRC: nothing was changed."""
         view = memoryview(data)
-        if not view or offset + len(view) > CHUNK_SIZE:
+        if not view or offset < 0 or offset + len(view) > CHUNK_SIZE:
             raise ReplyError(Status.BAD_CRC)
         if piece_crcs(offset, view) != crcs:
             raise ReplyError(Status.BAD_CRC)
@@ -213,7 +216,7 @@ class CopyFile:
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeros; whole blocks become never-written."""
-        if length <= 0 or offset + length > CHUNK_SIZE:
+        if length <= 0 or offset < 0 or offset + length > CHUNK_SIZE:
             raise ReplyError(Status.BAD_CRC)
         end, at = offset + length, offset
         while at < end:

@@ -1,6 +1,7 @@
 """The format of a chunk file. Pure: bytes in, bytes out.
 
-    0      header page: magic, id, version, cluster UUID, written bitmap, dirty bitmap, own CRC32
+    0      header page: magic, id, version, cluster UUID, written bitmap, dirty bitmap, own CRC32,
+           all in the first 512 bytes: a disk sector, which a power cut does not tear
     4096   CRC table: 1,024 big-endian CRC32, one a 64 KiB block, missing bytes counting as zeros
     8192   data
 
@@ -18,6 +19,7 @@ from raftfs.errors import RaftfsError
 from raftfs.wire.frame import crc32
 
 HEADER_SIZE = 4096
+_SECTOR = 512
 TABLE_OFFSET = HEADER_SIZE
 DATA_OFFSET = 8192
 BITMAP_BYTES = BLOCKS_PER_CHUNK // 8
@@ -51,13 +53,14 @@ class Header:
             self.written.to_bytes(BITMAP_BYTES, "little"),
             self.dirty.to_bytes(BITMAP_BYTES, "little"),
         )  # fmt: skip
-        body = fixed.ljust(HEADER_SIZE - 4, b"\0")
-        return body + crc32(body).to_bytes(4, "big")
+        body = fixed.ljust(_SECTOR - 4, b"\0")
+        return (body + crc32(body).to_bytes(4, "big")).ljust(HEADER_SIZE, b"\0")
 
     @classmethod
     def unpack(cls, page: bytes) -> "Header":
         """Inverse of `pack`. LayoutError for anything that `pack` did not make."""
-        if len(page) != HEADER_SIZE or crc32(page[:-4]) != int.from_bytes(page[-4:], "big"):
+        body, crc = page[: _SECTOR - 4], page[_SECTOR - 4 : _SECTOR]
+        if len(page) != HEADER_SIZE or crc32(body) != int.from_bytes(crc, "big"):
             raise LayoutError("the chunk's header is damaged")
         magic, chunk, version, cluster, written, dirty = _FIXED.unpack_from(page)
         if magic != _MAGIC:

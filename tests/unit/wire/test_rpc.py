@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from raftfs.errors import LinkError, ReplyError, Status, UserError
+from raftfs.log import REQUEST
 from raftfs.wire import messages as m
 from raftfs.wire import rpc
 from raftfs.wire.auth import AuthError, ClusterKey, Handshake
@@ -176,3 +177,28 @@ def test_key_files(tmp_path: Path) -> None:
 def test_status_numbers_have_names() -> None:
     assert str(ReplyError(Status.LOCKED)) == "LOCKED"
     assert str(ReplyError(2)) == "ENOENT (No such file or directory)"
+
+
+def test_log_lines_of_a_request_name_it() -> None:
+    seen: list[Any] = []
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        seen.append(REQUEST.get())
+
+    def note(link: rpc.Link, ask: Any) -> Any:
+        seen.append(REQUEST.get())
+        return later()
+
+    async def main() -> None:
+        server = await rpc.serve("127.0.0.1", 0, incoming=m.ClientRequest, handler=note)
+        port = server._server.sockets[0].getsockname()[1]
+        link = await rpc.connect("127.0.0.1", port)
+        await link.call(m.GetAttr(1), 1.0)
+        await link.call(m.GetAttr(2), 1.0)
+        link.close()
+        await server.close()
+
+    asyncio.run(main())
+    assert [number for _, number in seen] == [1, 1, 2, 2]
+    assert REQUEST.get() is None

@@ -1,0 +1,172 @@
+"""Healing: copies are added up to the goal, and none is destroyed that no entry condemned."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from raftfs.meta.healer import Healer, HealingConfig
+from raftfs.meta.state import read
+from raftfs.wire import messages as m
+from raftfs.wire import ops
+from tests.unit.meta.fake_cluster import FakeProposer, FakeServer, World
+
+QUICK = HealingConfig(0.0, 0.0, 0.0, orphan_delay_s=0.4, sweep_every_s=0.1)
+
+
+class Recorded(World):
+    """A world that writes down, in order, what is committed and what is ordered."""
+
+    def __init__(self, **more: Any) -> None:
+        self.story: list[Any] = []
+        super().__init__(1, **more)
+        record = self.story.append
+        original = FakeServer.obey
+        for server in self.servers:
+            def obey(order: Any, world: World, server: FakeServer = server) -> None:
+                record((server.number, order))
+                original(server, order, world)
+                world.report()
+
+            server.obey = obey  # type: ignore[method-assign]
+
+    def apply(self, session: int, seq: int, op: ops.Op) -> Any:
+        self.story.append(op)
+        return super().apply(session, seq, op)
+
+    def of(self, kind: type) -> list[int]:
+        """Positions in the story of an operation or an order."""
+        return [
+            at for at, x in enumerate(self.story)
+            if isinstance(x, kind) or (isinstance(x, tuple) and isinstance(x[1], kind))
+        ]  # fmt: skip
+
+
+async def healed(
+    world: Recorded, work: Callable[[Healer], Awaitable[None]], config: HealingConfig = QUICK
+) -> None:
+    """Run `work` while a healer of the present leader is at work."""
+    proposer: Any = FakeProposer(world, world.term)
+    healer = Healer(world.rows, world.hub, world.grants, proposer, config)
+    healer.lead()
+    try:
+        await work(healer)
+    finally:
+        await healer.follow()
+
+
+async def until(ready: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not ready():
+            await asyncio.sleep(0.02)
+
+
+async def written(world: Recorded) -> int:
+    """A chunk of the world's file, with as many copies as its goal; gives its number."""
+    grants = await world.elect()
+    grant = await grants.grant(world.session, m.WriteChunk(world.inode, 0, []))
+    assert world.write(grant) == [] and world.finish(grant) == 0
+    world.report()
+    return grant.chunk
+
+
+def holders(world: World, chunk: int) -> list[int]:
+    return [s.number for s in world.servers if s.up and chunk in s.copies]
+
+
+def test_a_dead_servers_copies_are_made_anew_elsewhere() -> None:
+    async def story() -> None:
+        world = Recorded(servers=4, goal=3)
+        chunk = await written(world)
+        world.crash(world.servers[holders(world, chunk)[0]])
+        await healed(world, lambda h: until(lambda: len(holders(world, chunk)) == 3))
+        world.check()
+
+    asyncio.run(story())
+
+
+def test_a_surplus_copy_goes_only_after_its_entry_and_only_one() -> None:
+    async def story() -> None:
+        world = Recorded(servers=4, goal=3)
+        chunk = await written(world)
+        world.apply(0, 0, ops.SetGoal(world.inode, 0, 2))
+        await healed(world, lambda h: until(lambda: len(holders(world, chunk)) == 2))
+        assert len(holders(world, chunk)) == 2
+        (dropped,), (destroyed,) = world.of(ops.DropCopy), world.of(m.Destroy)
+        assert dropped < destroyed, "committed before it is ordered"
+        server, order = world.story[destroyed]
+        assert world.story[dropped].server == world.servers[server].uuid
+        assert order.version == world.story[dropped].version
+
+    asyncio.run(story())
+
+
+def test_nothing_is_destroyed_while_a_writer_holds_the_chunk() -> None:
+    async def story() -> None:
+        world = Recorded(servers=4, goal=3)
+        grants = await world.elect()
+        grant = await grants.grant(world.session, m.WriteChunk(world.inode, 0, []))
+        world.write(grant)
+        world.report()
+        world.apply(0, 0, ops.SetGoal(world.inode, 0, 1))
+        await healed(world, lambda h: asyncio.sleep(1.0))
+        assert world.of(m.Destroy) == []
+
+    asyncio.run(story())
+
+
+def test_a_stale_copy_goes_once_the_goal_is_met_without_it() -> None:
+    async def story() -> None:
+        world = Recorded(servers=3, goal=3)
+        chunk = await written(world)
+        gone = world.servers[0]
+        world.crash(gone)
+        grant = await world.grants.grant(world.session, m.WriteChunk(world.inode, 0, []))
+        world.write(grant)
+        world.finish(grant)
+        world.restart(gone)
+        world.report()
+        row = read.chunk(world.rows, chunk)
+        assert row is not None and gone.copies[chunk].version < row.version
+
+        def renewed() -> bool:
+            copy = gone.copies.get(chunk)
+            return copy is not None and copy.version == row.version
+
+        await healed(world, lambda h: until(renewed))
+        world.check()
+
+    asyncio.run(story())
+
+
+def test_copies_of_a_deleted_file_go_and_then_its_chunk() -> None:
+    async def story() -> None:
+        world = Recorded(servers=3, goal=2)
+        chunk = await written(world)
+        world.apply(world.session, 0, ops.Unlink(1, b"f"))
+        world.apply(0, 0, ops.EndSession(world.session))
+        assert read.doomed(world.rows, 0, 9) == [chunk]
+        await healed(world, lambda h: until(lambda: read.chunk(world.rows, chunk) is None))
+        assert holders(world, chunk) == []
+        assert max(world.of(m.Destroy)) < world.of(ops.ForgetChunk)[0]
+
+    asyncio.run(story())
+
+
+def test_a_copy_that_nobody_knows_is_kept_for_its_delay() -> None:
+    async def story() -> None:
+        from tests.unit.meta.fake_cluster import Copy
+
+        world = Recorded(servers=3, goal=2)
+        await written(world)
+        world.servers[0].copies[77] = Copy(3, 0, set())
+        world.report()
+
+        async def wait(healer: Healer) -> None:
+            await asyncio.sleep(0.2)
+            assert 77 in world.servers[0].copies
+            await until(lambda: 77 not in world.servers[0].copies)
+
+        await healed(world, wait)
+        assert world.of(ops.DropCopy)[-1] < world.of(m.Destroy)[-1]
+
+    asyncio.run(story())
