@@ -1,8 +1,8 @@
 """How all programs log: human-readable on a terminal, one JSON object a line otherwise.
 
-Event names are short, values go as key=value (session, chunk, server, ...). While a request is being
-served, every line names it: `request` is the caller's address and its number of the request, the
-same number under which the caller knows it.
+Event names are short, values go as key=value (session, chunk, server, ...). While a request is
+being served, every line names it: `request` is the caller's address and its number of the request,
+the same number under which the caller knows it.
 """
 
 import logging
@@ -14,11 +14,11 @@ from typing import Any
 import structlog
 
 # The request that is being served: (host, port) of the caller, and its number. Set by wire/rpc.
-REQUEST: ContextVar[tuple[tuple[str, int], int] | None] = ContextVar("request", default=None)
+SERVED: ContextVar[tuple[tuple[str, int], int] | None] = ContextVar("served", default=None)
 
 
 def _name_request(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
-    request = REQUEST.get()
+    request = SERVED.get()
     if request is not None:
         (host, port), number = request
         event.setdefault("request", f"{host}:{port}/{number}")

@@ -15,7 +15,7 @@ import structlog
 
 from raftfs.const import SEND_QUEUE_MAX
 from raftfs.errors import LinkError, RaftfsError, ReplyError, Status
-from raftfs.log import REQUEST
+from raftfs.log import SERVED
 from raftfs.wire import frame
 from raftfs.wire.auth import AuthError, ClusterKey, Handshake, Sealer
 from raftfs.wire.frame import HANDSHAKE, NOTICE, REPLY, REQUEST, FrameError, decode
@@ -201,7 +201,7 @@ class Link(asyncio.Protocol):
         if self._handler is None or self._serving >= REQUESTS_IN_FLIGHT_MAX:
             self._reply(kind, ident, Status.BUSY, _NIL)
             return
-        served = REQUEST.set((self.peer, ident))  # a task made here keeps it
+        served = SERVED.set((self.peer, ident))  # a task made here keeps it
         try:
             value = self._handler(self, message)
             if asyncio.isfuture(value) or asyncio.iscoroutine(value):
@@ -213,7 +213,7 @@ class Link(asyncio.Protocol):
             self._reply_error(kind, ident, e)
             return
         finally:
-            REQUEST.reset(served)
+            SERVED.reset(served)
         self._reply(kind, ident, 0, frame.encode(value))
 
     def _served(self, kind: int, ident: int, task: "asyncio.Future[Any]") -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from raftfs.errors import LinkError, ReplyError, Status, UserError
-from raftfs.log import REQUEST
+from raftfs.log import SERVED
 from raftfs.wire import messages as m
 from raftfs.wire import rpc
 from raftfs.wire.auth import AuthError, ClusterKey, Handshake
@@ -184,10 +184,10 @@ def test_log_lines_of_a_request_name_it() -> None:
 
     async def later() -> None:
         await asyncio.sleep(0)
-        seen.append(REQUEST.get())
+        seen.append(SERVED.get())
 
     def note(link: rpc.Link, ask: Any) -> Any:
-        seen.append(REQUEST.get())
+        seen.append(SERVED.get())
         return later()
 
     async def main() -> None:
@@ -201,4 +201,4 @@ def test_log_lines_of_a_request_name_it() -> None:
 
     asyncio.run(main())
     assert [number for _, number in seen] == [1, 1, 2, 2]
-    assert REQUEST.get() is None
+    assert SERVED.get() is None
