@@ -12,10 +12,10 @@ up: setup
 	@echo
 	@echo "raftfs is mounted on ./$(MOUNT). Try:"
 	@echo "  head -c 100M /dev/urandom > $(MOUNT)/big"
-	@echo "  .venv/bin/mfsfileinfo $(MOUNT)/big            # its chunks and their copies"
-	@echo "  .venv/bin/mfssetgoal 3 $(MOUNT)/big           # three copies of each"
-	@echo "  .venv/bin/raftfs cluster kill leader         # and go on writing"
-	@echo "  .venv/bin/raftfs status                      # who leads now"
+	@echo "  .venv/bin/mfsfileinfo $(MOUNT)/big          # its chunks and their copies"
+	@echo "  .venv/bin/mfssetgoal 3 $(MOUNT)/big         # three copies of each"
+	@echo "  .venv/bin/raftfs cluster kill leader    # and go on writing"
+	@echo "  .venv/bin/raftfs status                 # who leads now"
 	@echo "  make down"
 
 down:

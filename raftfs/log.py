@@ -7,6 +7,7 @@ the same number under which the caller knows it.
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import structlog
 SERVED: ContextVar[tuple[tuple[str, int], int] | None] = ContextVar("served", default=None)
 
 
-def _name_request(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+def _name_request(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
     request = SERVED.get()
     if request is not None:
         (host, port), number = request
