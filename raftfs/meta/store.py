@@ -40,6 +40,9 @@ _APPLIED_KEY = b"\0applied"  # sorts before every table; no row of the state, no
 # (which LMDB allows only while no reader looks at it).
 _MAP_SIZE = 1 << 40
 _DELETED: Any = None
+# Tables that the leader goes through again and again (sessions, chunks, doomed chunks): their
+# changed rows are found without looking at all the others.
+_SWEPT = b"SCD"
 _SCAN_READ = 256  # rows taken from LMDB at a time
 
 
@@ -58,17 +61,22 @@ class Overlay:
     def __init__(self) -> None:
         self.rows: dict[bytes, Row | None] = {}
         self.groups: dict[bytes, set[bytes]] = {}
+        self.tables: dict[int, set[bytes]] = {table: set() for table in _SWEPT}
 
     def put(self, key: bytes, row: Row | None) -> None:
         """Set or delete a row."""
         if key not in self.rows:
             self.groups.setdefault(key[:GROUP_LEN], set()).add(key)
+            if key[0] in _SWEPT:
+                self.tables[key[0]].add(key)
         self.rows[key] = row
 
     def matching(self, prefix: bytes, after: bytes) -> list[bytes]:
         """Changed keys that a scan has to look at, sorted."""
         if len(prefix) >= GROUP_LEN:
             keys: Any = self.groups.get(prefix[:GROUP_LEN], ())
+        elif prefix and prefix[0] in _SWEPT:
+            keys = self.tables[prefix[0]]
         else:
             keys = self.rows
         start = prefix + after
