@@ -122,11 +122,13 @@ class CopyFile:
             self._door.close(self._fd)
             self._fd = -1
 
-    def discard(self) -> None:
-        """The file is about to go: close without care."""
-        if self._fd >= 0:
-            self._door.close(self._fd)
-            self._fd = -1
+    def discard(self) -> bool:
+        """The file is about to go: close without care. Whether it was open."""
+        if self._fd < 0:
+            return False
+        self._door.close(self._fd)
+        self._fd = -1
+        return True
 
     def _write_header(self) -> None:
         self._door.pwrite(self._fd, self._header.pack(), 0)

@@ -81,7 +81,11 @@ class Disk:
         except BlockingIOError:
             os.close(self._lock)
             raise UserError(f"disk folder {path} is in use by another chunkserver") from None
-        self.label = self._read_label()
+        try:
+            self.label = self._read_label()
+        except UserError:
+            os.close(self._lock)
+            raise
 
     def _read_label(self) -> dict[str, Any]:
         try:

@@ -10,8 +10,10 @@ Threads: `accept`, one per connection, one per downstream connection. All end wi
 
 import contextlib
 import errno
+import select
 import socket
 import threading
+import time
 from typing import Any
 
 import structlog
@@ -35,7 +37,9 @@ from raftfs.wire.messages import (
 log = structlog.get_logger("raftfs.data")
 
 CONNECTIONS_MAX = 1_024
-CHAIN_TIMEOUT_S = 1.8  # a stopped server further down delays a writer by no more
+CHAIN_TIMEOUT_S = 1.8  # the last server of a chain has so long to answer
+_HOP_MORE_S = 0.12  # each server before it waits longer: who stopped is named, not the messenger
+_REST_S = 1.0  # a server that failed a request is not tried again for so long
 _CONNECT_TIMEOUT_S = 1.0
 _IDLE_S = 600.0
 _REQUESTS: Any = DataRequest  # a union, which the checker does not take for a type
@@ -185,7 +189,7 @@ class Connection:
     def _forward(self, head: _ChainRequest, payload: memoryview) -> "Downstream":
         hop = head.chain[0]
         down = self._down.get((hop.host, hop.port))
-        if down is None or down.broken:
+        if down is None or (down.broken and time.monotonic() >= down.rest_until):
             down = self._down[hop.host, hop.port] = Downstream(self, hop)
         down.forward(head, payload)
         return down
@@ -200,12 +204,17 @@ class Downstream:
         self._lock = threading.Lock()
         # id -> the answer of one side, once it is known: None while neither is.
         self._waiting: dict[int, DataReply | None] = {}
+        # id -> when the next server must have answered, the oldest request first.
+        self._due: dict[int, float] = {}
         self.broken = False
+        self.rest_until = 0.0
         self._sock: socket.socket | None = None
         try:
             self._sock = socket.create_connection((hop.host, hop.port), _CONNECT_TIMEOUT_S)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sock.settimeout(CHAIN_TIMEOUT_S)
+            self._poll = select.poll()
+            self._poll.register(self._sock, select.POLLIN)
             threading.Thread(target=self._collect, name="chain", daemon=True).start()
         except OSError as e:
             self._break(str(e))
@@ -217,6 +226,8 @@ class Downstream:
             if self.broken:
                 self._waiting[head.id] = self._failure(head.id)
                 return
+            limit = CHAIN_TIMEOUT_S + _HOP_MORE_S * (len(head.chain) - 1)
+            self._due[head.id] = time.monotonic() + limit
         passed = _without_first_hop(head)
         try:
             assert self._sock is not None
@@ -247,16 +258,26 @@ class Downstream:
         assert self._sock is not None
         try:
             while True:
-                try:
-                    answer, _ = frame.recv_data(self._sock, DataReply)
-                except TimeoutError:
-                    with self._lock:
-                        if self._waiting:
-                            raise
-                    continue  # nothing is under way: an idle connection is no broken one
+                if not self._poll.poll(1000 * self._patience()):
+                    if self._sock.fileno() < 0:
+                        raise EOFError
+                    continue  # nothing is due: an idle connection is no broken one
+                answer, _ = frame.recv_data(self._sock, DataReply)
+                with self._lock:
+                    self._due.pop(answer.id, None)
                 self._one_side(answer.id, answer)
         except (OSError, EOFError, frame.FrameError) as e:
             self._break(str(e) or "closed")
+
+    def _patience(self) -> float:
+        """Seconds until an answer may be overdue. TimeoutError if one is."""
+        with self._lock:
+            if not self._due:
+                return CHAIN_TIMEOUT_S  # no request that comes meanwhile is due earlier
+            left = next(iter(self._due.values())) - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no answer in time")
+        return left
 
     def _break(self, reason: str) -> None:
         """Everything that waits for this server has failed because of it."""
@@ -264,6 +285,8 @@ class Downstream:
             if self.broken:
                 return
             self.broken = True
+            if self._due or self._sock is None:
+                self.rest_until = time.monotonic() + _REST_S
             half = [i for i, a in self._waiting.items() if a is None]
             ready = [(i, a) for i, a in self._waiting.items() if a is not None]
             for ident in half:

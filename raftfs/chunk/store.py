@@ -138,6 +138,8 @@ class ChunkStore:
             except OSError:
                 with self._lock:
                     self._copies.pop(chunk, None)
+                if copy.discard():
+                    self._door.unlink(copy.path)
                 raise
         self.report([CopyId(chunk, version)], [], [])
         return copy
@@ -252,11 +254,11 @@ class ChunkStore:
         with self._lock:
             extra = max(0, len(self._open) - OPEN_FILES_MAX)
             old = [c for at, c in enumerate(self._open.values()) if at < extra or c.used_at < limit]
-            for copy in old:
-                del self._open[copy.chunk]
         for copy in old:
             if copy.lock.acquire(blocking=False):
                 try:
+                    with self._lock:
+                        self._open.pop(copy.chunk, None)
                     copy.retire()
                 except OSError as e:
                     log.error("copy not retired", chunk=f"{copy.chunk:016X}", reason=str(e))
