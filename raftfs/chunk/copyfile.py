@@ -37,6 +37,7 @@ class CopyFile:
         self.lock = threading.RLock()
         self.token = 0  # the highest grant that wrote or raised this copy since it was opened
         self.used_at = 0.0
+        self.broken = False  # a sync has failed: nobody may count on this copy any more
         self._door = door
         self._fd = -1
         self._header = Header(chunk, version, b"")
@@ -244,7 +245,7 @@ class CopyFile:
             self._write_header()
         endangered = touched & self._synced_blocks & ~self._durable_dirty
         if endangered:
-            self._door.sync(self._fd)
+            self._fdatasync()
             self._durable_dirty = self._header.dirty
 
     def _put_crcs(self, new: dict[int, int]) -> None:
@@ -262,7 +263,7 @@ class CopyFile:
     def sync(self) -> None:
         """Everything so far is on the disk when this returns."""
         if self._unsynced:
-            self._door.sync(self._fd)
+            self._fdatasync()
             self._unsynced = False
             self._synced_blocks = self._header.written
             self._durable_dirty = self._header.dirty
@@ -270,15 +271,28 @@ class CopyFile:
             self._door.sync_folder(self.path.parent)
             self._new_name = False
 
+    def _fdatasync(self) -> None:
+        """fdatasync. After a failure never again: the kernel may have dropped what was not written,
+        and a later success would promise bytes that are not on the disk.
+        """
+        if self.broken:
+            raise ReplyError(Status.DISK_ERROR)
+        try:
+            self._door.sync(self._fd)
+        except OSError:
+            self.broken = True
+            raise
+
     def raise_version(self, version: int) -> None:
         """Become a higher version, durably: header, then name."""
         self.sync()
         old = self.path
         self._header.version = version
         self._write_header()
-        self._door.sync(self._fd)
+        self._fdatasync()
+        new = self.disk.path / layout.file_name(self.chunk, version)
+        self._door.rename(old, new)
         self.version = version
-        self._door.rename(old, self.path)
         self._door.sync_folder(self.path.parent)
 
     def blocks(self) -> bytes:

@@ -107,6 +107,9 @@ class ChunkStore:
                 if e.status == Status.BAD_CRC:
                     self._damaged(copy, "a block does not match its checksum")
                 raise
+            finally:
+                if copy.broken:
+                    self._damaged(copy, "the disk failed to sync it")
 
     def _open_copy(self, copy: CopyFile) -> None:
         try:
@@ -260,7 +263,7 @@ class ChunkStore:
                     with self._lock:
                         self._open.pop(copy.chunk, None)
                     copy.retire()
-                except OSError as e:
+                except (OSError, ReplyError) as e:
                     log.error("copy not retired", chunk=f"{copy.chunk:016X}", reason=str(e))
                 finally:
                     copy.lock.release()
@@ -271,6 +274,9 @@ class ChunkStore:
             copies, self._open = list(self._open.values()), {}
         for copy in copies:
             with copy.lock:
-                copy.retire()
+                try:
+                    copy.retire()
+                except (OSError, ReplyError) as e:
+                    log.error("copy not retired", chunk=f"{copy.chunk:016X}", reason=str(e))
         for disk in self._disks:
             disk.close()

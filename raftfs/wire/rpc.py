@@ -120,6 +120,10 @@ class Link(asyncio.Protocol):
         if not self.closed.done():
             self._put(NOTICE, 0, frame.encode(message))
 
+    def flush(self) -> None:
+        """Send what is queued now, not at the end of the loop's turn (which may block before)."""
+        self._flush()
+
     def close(self) -> None:
         """Send what is queued, then close. Everything that waits fails with LinkError."""
         if self._transport is not None:

@@ -267,3 +267,29 @@ def test_a_new_disk_joins_the_server(tmp_path: Path) -> None:
     other = ChunkStore([Disk(tmp_path / "b")])
     assert (other.server, other.cluster) == (server, b"1" * 16)
     other.close()
+
+
+def test_after_a_failed_sync_a_copy_is_never_counted_on_again(tmp_path: Path) -> None:
+    class BadDoor(FileDoor):
+        fail = False
+
+        def sync(self, fd: int) -> None:
+            if self.fail:
+                raise OSError(5, "injected")
+            super().sync(fd)
+
+    door = BadDoor()
+    store = ChunkStore([Disk(tmp_path / "hdd")], door)
+    store.join(b"c" * 16)
+    damaged: list[CopyId] = []
+    store.report = lambda made, gone, bad: damaged.extend(bad)
+    data = b"x" * 100
+    store.write(1, 1, 1, True, 0, data, piece_crcs(0, data))
+    door.fail = True
+    with pytest.raises(OSError, match="injected"):
+        store.sync(1, 1)
+    assert damaged == [CopyId(1, 1)]
+    door.fail = False
+    with pytest.raises(ReplyError) as error:
+        store.sync(1, 1)
+    assert error.value.status == Status.DISK_ERROR

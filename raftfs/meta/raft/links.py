@@ -70,6 +70,11 @@ class Links(Transport):  # type: ignore[misc]
         link.notify(message)
         return True
 
+    def flush(self) -> None:
+        """Let everything that was sent leave now."""
+        for link in self._links.values():
+            link.flush()
+
     # --- life
 
     async def start(self) -> None:

@@ -304,11 +304,12 @@ class Replica:
     def _run(self) -> None:
         self._scheduled = False
         core = self._core
-        if self._stopped or core is None:
+        if self._stopped or core is None or self._links is None:
             return
         try:
             if self._proposed and core.state == LEADER:
-                core.replicate()  # followers write while this node does
+                core.replicate()
+                self._links.flush()  # so that followers write while this node does
             self._proposed = False
             self._sender.term = core.term
             core.tick()
