@@ -96,6 +96,12 @@ class Disk:
                     f"disk folder {self.path} has chunks but no {_LABEL}: it cannot be told to "
                     "which server and cluster they belong"
                 ) from None
+            strangers = {p.name for p in self.path.iterdir()} - {".lock", "lost+found"}
+            if strangers:
+                raise UserError(
+                    f"disk folder {self.path} is not empty ({min(strangers)}, ...) and no disk of "
+                    "raftfs: give an empty folder"
+                ) from None
             return {"format": _FORMAT, "disk": uuid.uuid4().bytes, "server": b"", "cluster": b""}
         except OSError as e:
             raise UserError(f"{self.path / _LABEL} cannot be read: {e.strerror}") from None

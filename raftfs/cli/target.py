@@ -102,6 +102,10 @@ def for_each(names: Iterable[str], work: Callable[[ToolClient, str, int], None])
             except RaftfsError as e:
                 print(f"{name}: {e}")
                 status = 1
+    except BrokenPipeError:
+        # Whoever read (head, say) has seen enough. Nothing more may be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
     finally:
         clients.close()
     return status

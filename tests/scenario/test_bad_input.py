@@ -148,6 +148,24 @@ def test_bad_input_to_a_running_cluster(cluster: ScenarioCluster) -> None:
     assert (cluster.mnt / "file").read_text() == "unharmed"
 
 
+def test_other_peers_than_the_clusters(cluster: ScenarioCluster) -> None:
+    """A master that was told a wrong --peers would count a wrong majority."""
+    cluster.raftfs("cluster", "kill", "m1")
+    key = str(cluster.dir / "cluster.key")
+    name = f"127.0.0.1:{cluster.port_base}"
+    said = refused(MASTER, "--peers", name, "--data", str(cluster.dir / "m1"), "--key", key,
+                   "--listen", "127.0.0.1")  # fmt: skip
+    assert "this cluster's masters are" in said and f"127.0.0.1:{cluster.port_base + 20}" in said
+    cluster.raftfs("cluster", "start", "m1")
+
+
+def test_a_folder_with_other_things_is_no_disk(tmp_path: Path, key: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter").write_text("dear")
+    said = refused(CHUNK, "--hdd", str(tmp_path / "home"), "-H", "127.0.0.1", "--key", str(key))
+    assert "is not empty" in said and "letter" in said
+
+
 def test_a_disk_of_another_cluster_is_refused(cluster: ScenarioCluster, tmp_path: Path) -> None:
     from raftfs.chunk.disk import Disk
 

@@ -129,6 +129,7 @@ class Replica:
         self._journal = DurableJournal(folder / "journal")
         self._check_journal()
         self._known_members = self.machine.members()
+        self._check_members()
         self._sender = SnapshotSender(
             folder, self.machine.copy_to, self._send, self._snapshot_taken
         )
@@ -140,6 +141,19 @@ class Replica:
         self._make_core()
         self._tasks.append(asyncio.ensure_future(self._checkpoints()))
         self._on_timer()
+
+    def _check_members(self) -> None:
+        """A voter that was told of other peers than there are would count wrong majorities."""
+        if self.config.learner:
+            return
+        known = set(self._known_members) or {*self._identity.peers, self.config.name}
+        complete = bool(self._known_members)
+        given = set(self.config.peers)
+        if given != known if complete else not known <= given:
+            raise UserError(
+                f"--peers names {','.join(sorted(given))}, but this cluster's masters are "
+                f"{','.join(sorted(known))}: give exactly those"
+            )
 
     def _check_journal(self) -> None:
         """State and journal must overlap, or something acknowledged is missing."""
