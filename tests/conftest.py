@@ -20,7 +20,11 @@ NEEDS_FUSE = not Path("/dev/fuse").exists() or shutil.which("fusermount3") is No
 
 def free_port_base() -> int:
     """A base from which the ports of a whole cluster are free."""
-    for base in range(31_000 + os.getpid() % 300 * 20, 60_000, 620):
+    # Below the kernel's range for outgoing connections (from 32768 on), which could take a port
+    # between this look and the start of its daemon.
+    bases = list(range(10_000, 31_500, 620))
+    first = os.getpid() % len(bases)
+    for base in bases[first:] + bases[:first]:
         wanted = [base + 10 * i + k for i in range(3) for k in (0, 2, 3, 7)]
         wanted += [base + 500 + j for j in range(1, 6)]
         if all(_is_free(port) for port in wanted):

@@ -226,6 +226,8 @@ class ChunkStore:
                 self._open.pop(chunk, None)
             copy.discard()
             self._door.unlink(copy.path)
+            # Durable before it is told: the copy must not come back after a power cut.
+            self._door.sync_folder(copy.path.parent)
         self.report([], [CopyId(chunk, copy.version)], [])
 
     def adopt(self, chunk: int, version: int, blocks: Iterable[tuple[int, Buffer]]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from raftfs.wire.auth import ClusterKey
 from tests.conftest import NEEDS_FUSE
-from tests.scenario.cluster import ScenarioCluster
+from tests.scenario.cluster import KILLED, ScenarioCluster
 
 MASTER, CHUNK, MOUNT = "raftfs.cli.master", "raftfs.chunk.main", "raftfs.mount.main"
 
@@ -112,7 +112,7 @@ class TestMount:
 
 def test_bad_input_to_a_running_cluster(cluster: ScenarioCluster) -> None:
     """Already mounted, busy ports, unknown names, foreign disks and folders: nothing is harmed."""
-    cluster.expect("master refuses", "client refused")
+    cluster.expect("master refuses", "client refused", *KILLED)
     (cluster.mnt / "file").write_text("unharmed")
     base = cluster.port_base
     clients = f"127.0.0.1:{base + 3},127.0.0.1:{base + 13},127.0.0.1:{base + 23}"
@@ -150,6 +150,7 @@ def test_bad_input_to_a_running_cluster(cluster: ScenarioCluster) -> None:
 
 def test_other_peers_than_the_clusters(cluster: ScenarioCluster) -> None:
     """A master that was told a wrong --peers would count a wrong majority."""
+    cluster.expect(*KILLED)
     cluster.raftfs("cluster", "kill", "m1")
     key = str(cluster.dir / "cluster.key")
     name = f"127.0.0.1:{cluster.port_base}"
