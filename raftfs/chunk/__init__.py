@@ -1,1 +1,1 @@
-"""The chunkserver: chunk files on disks, the data port, the links to the masters."""
+"""The chunkserver: copies of chunks on disks, the data port, and the links to the masters."""

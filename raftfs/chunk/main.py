@@ -73,24 +73,50 @@ async def serve(args: argparse.Namespace, stop: daemon.Stop) -> None:
     masters = parse_masters(args.masters)
     key = ClusterKey.load(args.key)
     announce = args.announce or _own_address(masters)
-    store = ChunkStore([Disk(path) for path in args.hdd])
-    server = DataServer(store, args.listen, args.port)
-    links = MasterLinks(store, masters, (announce, server.port), key)
+    store = ChunkStore(open_disks(args.hdd))
+    try:
+        server = DataServer(store, args.listen, args.port)
+        try:
+            await _serve(store, server, MasterLinks(store, masters, (announce, server.port), key),
+                         stop)  # fmt: skip
+        finally:
+            await asyncio.to_thread(server.close)
+    finally:
+        await asyncio.to_thread(store.close)
+
+
+async def _serve(
+    store: ChunkStore, server: DataServer, links: MasterLinks, stop: daemon.Stop
+) -> None:
     links.start()
     log.info("chunkserver serves", server=store.server.hex(), port=server.port, copies=len(store))
-    stopping = asyncio.ensure_future(stop.wait())
+    stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
     try:
         while not stopping.done():
-            either: set[asyncio.Future[Any]] = {stopping, links.failed}
-            await asyncio.wait(either, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {stopping, links.failed}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED
+            )
             if links.failed.done():
                 links.failed.result()
-            await asyncio.to_thread(store.retire_idle)
+            await asyncio.to_thread(store.rest_idle)
     finally:
         stopping.cancel()
         await links.stop()
-        server.close()
-        await asyncio.to_thread(store.close)
+
+
+def open_disks(paths: list[Path]) -> list[Disk]:
+    """Lock all disk folders. UserError if one cannot be used; then none is locked."""
+    disks: list[Disk] = []
+    try:
+        for path in paths:
+            if any(path.resolve() == d.path.resolve() for d in disks):
+                raise UserError(f"--hdd {path} is given twice: give each folder once")
+            disks.append(Disk(path))
+    except UserError:
+        for disk in disks:
+            disk.close()
+        raise
+    return disks
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,27 +1,27 @@
-"""The data port: a thread per connection with blocking sockets, and the write chain.
+"""The data port: a thread per connection with blocking sockets (see `chain.py` for write chains).
 
-A write is forwarded to the next server before it is done here, so the servers of a chain work at
-the same time. It is acknowledged when this copy and everything downstream have it; who failed is
-named. Each connection has at most one downstream connection per next server, with a thread that
-collects its acknowledgements.
+A request is passed on to the next server before it is done here, so the servers of a chain work at
+the same time. Requests of one connection are done in order; ids are the client's and mean something
+on its connection only.
 
-Threads: `accept`, one per connection, one per downstream connection. All end with their socket.
+Threads: `accept`, one per connection, one per downstream connection, `chain-clock`. They end with
+their sockets.
 """
 
 import contextlib
-import errno
-import select
+import os
 import socket
 import threading
 import time
 from typing import Any
 
 import structlog
-from msgspec.structs import replace
 
-from raftfs.chunk.store import ChunkStore
-from raftfs.const import DATA_PAYLOAD_MAX
-from raftfs.errors import ReplyError, Status, UserError
+from raftfs.chunk.chain import ChainClock, ChainRequest, Downstream, forwardable
+from raftfs.chunk.store import READ_BUFFER, ChunkStore
+from raftfs.client.chunk import set_timeouts
+from raftfs.const import DATA_PAYLOAD_MAX, GOAL_MAX
+from raftfs.errors import ReplyError, UserError
 from raftfs.wire import frame
 from raftfs.wire.messages import (
     DataReply,
@@ -29,123 +29,161 @@ from raftfs.wire.messages import (
     Hop,
     ListBlocks,
     ReadData,
-    SyncData,
     WriteData,
     ZeroData,
 )
 
 log = structlog.get_logger("raftfs.data")
 
-CONNECTIONS_MAX = 1_024
-CHAIN_TIMEOUT_S = 1.8  # the last server of a chain has so long to answer
-_HOP_MORE_S = 0.12  # each server before it waits longer: who stopped is named, not the messenger
-_REST_S = 1.0  # a server that failed a request is not tried again for so long
-_CONNECT_TIMEOUT_S = 1.0
-_IDLE_S = 600.0
-_REQUESTS: Any = DataRequest  # a union, which the checker does not take for a type
-_ChainRequest = WriteData | ZeroData | SyncData
+CONNECTIONS_MAX = 1_024  # threads; more clients than one server could serve at once anyway
+_IDLE_S = 600.0  # a client that said nothing for so long is gone
+_SEND_S = 30.0  # a client that does not read for so long is gone
+_HOP_RETRY_S = 1.0  # a server that just broke the chain fails it at once for so long
+_HOPS_MAX = 4 * GOAL_MAX  # downstream connections of one upstream one
+_JOIN_S = 5.0
 
 
 class DataServer:
     """Listens and serves until closed."""
 
-    def __init__(self, store: ChunkStore, host: str, port: int) -> None:
+    def __init__(
+        self, store: ChunkStore, host: str, port: int, *, connections_max: int = CONNECTIONS_MAX
+    ) -> None:
         """UserError if the port cannot be had."""
         self._store = store
+        self._connections_max = connections_max
         try:
             self._listener = socket.create_server((host, port), backlog=256)
-        except OSError as e:
+        except (OSError, OverflowError) as e:
+            number = e.errno if isinstance(e, OSError) else None
+            reason = os.strerror(number) if number and number > 0 else str(e)
             raise UserError(
-                f"cannot listen on {host}:{port}: {e.strerror}; is another chunkserver running?"
+                f"cannot listen on {host}:{port}: {reason}; is another chunkserver running? "
+                "Stop that one, or choose another --listen or --port"
             ) from None
         self.port: int = self._listener.getsockname()[1]
-        self._connections: set[Connection] = set()
+        self.clock = ChainClock()
+        self._connections: dict[Connection, threading.Thread] = {}
         self._lock = threading.Lock()
         self._closing = False
+        self._refused_at = 0.0
         threading.Thread(target=self._accept, name="accept", daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closing:
             try:
                 sock, peer = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as e:
+                if not self._closing:  # out of descriptors or memory: that passes
+                    log.error("accept failed", reason=str(e))
+                    time.sleep(0.2)
+                continue
             with self._lock:
-                full = len(self._connections) >= CONNECTIONS_MAX
+                full = len(self._connections) >= self._connections_max
             if full or self._closing:
-                log.warning("connection refused", peer=peer[0], limit=CONNECTIONS_MAX)
+                self._refuse(peer[0])
                 sock.close()
                 continue
-            connection = Connection(self._store, sock)
-            with self._lock:
-                self._connections.add(connection)
-            threading.Thread(
+            connection = Connection(self._store, sock, self.clock)
+            thread = threading.Thread(
                 target=self._serve, args=(connection,), name=f"data-{peer[1]}", daemon=True
-            ).start()
+            )
+            with self._lock:
+                self._connections[connection] = thread
+            thread.start()
+
+    def _refuse(self, peer: str) -> None:
+        now = time.monotonic()
+        if now - self._refused_at > 1.0:  # one line a second tells enough
+            self._refused_at = now
+            log.warning("connection refused", peer=peer, limit=self._connections_max)
 
     def _serve(self, connection: "Connection") -> None:
         try:
             connection.run()
+        except Exception as e:
+            log.error("connection thread failed", exc_info=e)
+            raise
         finally:
             with self._lock:
-                self._connections.discard(connection)
+                self._connections.pop(connection, None)
 
     def close(self) -> None:
-        """Stop listening, end every connection."""
+        """Stop listening, end every connection and wait for what it is doing."""
         self._closing = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         with self._lock:
-            connections = list(self._connections)
+            connections = dict(self._connections)
         for connection in connections:
-            connection.close()
+            connection.hang_up()
+        deadline = time.monotonic() + _JOIN_S
+        for thread in connections.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self.clock.close()
 
 
 class Connection:
     """One client (or upstream server)."""
 
-    def __init__(self, store: ChunkStore, sock: socket.socket) -> None:
+    def __init__(self, store: ChunkStore, sock: socket.socket, clock: ChainClock) -> None:
         self._store = store
         self._sock = sock
+        self._clock = clock
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(_IDLE_S)
+        sock.settimeout(None)
+        set_timeouts(sock, _IDLE_S, _SEND_S)
         self._send_lock = threading.Lock()
-        self._down: dict[tuple[str, int], Downstream] = {}
+        self._down: dict[tuple[bytes, str, int], Downstream] = {}
+        self._read_buffer: memoryview | None = None
 
     def run(self) -> None:
-        """Serve until the other side closes or misbehaves."""
+        """Serve until the other side closes, falls silent or misbehaves."""
         buffer = memoryview(bytearray(DATA_PAYLOAD_MAX))
+        kind: Any = DataRequest
         try:
             while True:
-                head: Any
-                head, payload = frame.recv_data(self._sock, _REQUESTS, buffer)
+                head, payload = frame.recv_data(self._sock, kind, buffer)
                 self._serve(head, payload)
         except (EOFError, OSError):
             pass  # the other side is gone, which is how connections end
         except frame.FrameError as e:
             log.warning("connection ended", reason=str(e))
         finally:
-            self.close()
+            self.hang_up()
+            for down in self._down.values():
+                down.dispose()
+            with self._send_lock:  # nobody is in a call on it any more
+                self._sock.close()
 
-    def close(self) -> None:
-        """End this connection and its downstream ones."""
+    def hang_up(self) -> None:
+        """End this connection and its downstream ones; `run` returns soon."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
         for down in list(self._down.values()):
-            down.close()
+            down.hang_up()
 
-    def reply(self, head: DataReply, payload: Any = b"") -> None:
+    def reply(self, head: DataReply, payload: frame.Buffer = b"") -> None:
         """Send an answer; from the connection's thread and the downstream ones."""
-        with self._send_lock, contextlib.suppress(OSError):
-            frame.send_data(self._sock, head, payload)
+        with self._send_lock:
+            try:
+                frame.send_data(self._sock, head, payload)
+            except OSError:
+                # Half a frame may be out: nothing more can be said. `run` finds the socket shut.
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
 
     def _serve(self, head: Any, payload: memoryview) -> None:
         if isinstance(head, ReadData | ListBlocks):
             self._read(head)
             return
-        down = self._forward(head, payload) if head.chain else None
+        down = None
+        if forwardable(head):
+            if len(head.chain) >= GOAL_MAX:
+                raise frame.FrameError(f"a chain of {len(head.chain)} more servers")
+            down = self._downstream(head.chain[0])
+            down.forward(head, payload)
         status = self._do(head, payload)
         failed = self._store.server if status else b""
         if down is None:
@@ -153,19 +191,46 @@ class Connection:
         else:
             down.local_done(head.id, status, failed)
 
+    def _downstream(self, hop: Hop) -> Downstream:
+        address = (hop.server, hop.host, hop.port)
+        down = self._down.get(address)
+        if down is not None and down.broken_at is not None:
+            if time.monotonic() - down.broken_at < _HOP_RETRY_S:
+                return down  # answers CHAIN_BROKEN; whoever writes on has not heard it yet
+            down.dispose()
+            down = None
+        if down is None:
+            self._make_room()
+            down = self._down[address] = Downstream(hop, self.reply, self._clock)
+        return down
+
+    def _make_room(self) -> None:
+        """Hang up on servers that owe nothing, when there are many."""
+        if len(self._down) < _HOPS_MAX:
+            return
+        for address, down in list(self._down.items()):
+            if down.oldest_deadline() is None:
+                del self._down[address]
+                down.dispose()
+
     def _read(self, head: ReadData | ListBlocks) -> None:
+        store = self._store
         try:
             if isinstance(head, ListBlocks):
-                self.reply(DataReply(head.id, 0), self._store.blocks(head.chunk, head.version))
+                self.reply(DataReply(head.id, 0), store.block_list(head.chunk, head.version))
                 return
-            if not 0 <= head.length <= DATA_PAYLOAD_MAX or head.offset < 0:
-                raise ReplyError(errno.EINVAL)
-            data, crcs = self._store.read(head.chunk, head.version, head.offset, head.length)
-            self.reply(DataReply(head.id, 0, b"", tuple(crcs)), data)
-        except (ReplyError, OSError) as e:
-            self.reply(DataReply(head.id, self._status(head, e), self._store.server))
+            if self._read_buffer is None:
+                self._read_buffer = memoryview(bytearray(READ_BUFFER))
+            data, crcs = store.read(
+                head.chunk, head.version, head.offset, head.length, self._read_buffer
+            )
+        except ReplyError as e:
+            self.reply(DataReply(head.id, e.status, store.server))
+            return
+        self.reply(DataReply(head.id, 0, b"", tuple(crcs)), data)
 
-    def _do(self, head: _ChainRequest, payload: memoryview) -> int:
+    def _do(self, head: ChainRequest, payload: memoryview) -> int:
+        """This server's own part; 0 or a status."""
         store = self._store
         try:
             if isinstance(head, WriteData):
@@ -176,137 +241,6 @@ class Connection:
                            head.length)  # fmt: skip
             else:
                 store.sync(head.chunk, head.version)
-        except (ReplyError, OSError) as e:
-            return self._status(head, e)
+        except ReplyError as e:
+            return e.status
         return 0
-
-    def _status(self, head: Any, error: ReplyError | OSError) -> int:
-        if isinstance(error, ReplyError):
-            return error.status
-        log.error("disk error", chunk=f"{head.chunk:016X}", reason=str(error))
-        return errno.ENOSPC if error.errno == errno.ENOSPC else Status.DISK_ERROR
-
-    def _forward(self, head: _ChainRequest, payload: memoryview) -> "Downstream":
-        hop = head.chain[0]
-        down = self._down.get((hop.host, hop.port))
-        if down is None or (down.broken and time.monotonic() >= down.rest_until):
-            down = self._down[hop.host, hop.port] = Downstream(self, hop)
-        down.forward(head, payload)
-        return down
-
-
-class Downstream:
-    """The connection to the next server of a chain, and what it has not acknowledged yet."""
-
-    def __init__(self, up: Connection, hop: Hop) -> None:
-        self._up = up
-        self._hop = hop
-        self._lock = threading.Lock()
-        # id -> the answer of one side, once it is known: None while neither is.
-        self._waiting: dict[int, DataReply | None] = {}
-        # id -> when the next server must have answered, the oldest request first.
-        self._due: dict[int, float] = {}
-        self.broken = False
-        self.rest_until = 0.0
-        self._sock: socket.socket | None = None
-        try:
-            self._sock = socket.create_connection((hop.host, hop.port), _CONNECT_TIMEOUT_S)
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._sock.settimeout(CHAIN_TIMEOUT_S)
-            self._poll = select.poll()
-            self._poll.register(self._sock, select.POLLIN)
-            threading.Thread(target=self._collect, name="chain", daemon=True).start()
-        except OSError as e:
-            self._break(str(e))
-
-    def forward(self, head: _ChainRequest, payload: memoryview) -> None:
-        """Pass a request on, without the hop that it goes to."""
-        with self._lock:
-            self._waiting[head.id] = None
-            if self.broken:
-                self._waiting[head.id] = self._failure(head.id)
-                return
-            limit = CHAIN_TIMEOUT_S + _HOP_MORE_S * (len(head.chain) - 1)
-            self._due[head.id] = time.monotonic() + limit
-        passed = _without_first_hop(head)
-        try:
-            assert self._sock is not None
-            frame.send_data(self._sock, passed, payload)
-        except OSError as e:
-            self._break(str(e))
-
-    def _failure(self, ident: int) -> DataReply:
-        return DataReply(ident, Status.CHAIN_BROKEN, self._hop.server)
-
-    def local_done(self, ident: int, status: int, failed: bytes) -> None:
-        """This server's own part is done."""
-        self._one_side(ident, DataReply(ident, status, failed))
-
-    def _one_side(self, ident: int, answer: DataReply) -> None:
-        """Of the two sides the second to answer sends the reply: the first failure, if any."""
-        with self._lock:
-            if ident not in self._waiting:
-                return
-            other = self._waiting[ident]
-            if other is None:
-                self._waiting[ident] = answer
-                return
-            del self._waiting[ident]
-        self._up.reply(other if other.status else answer)
-
-    def _collect(self) -> None:
-        assert self._sock is not None
-        try:
-            while True:
-                if not self._poll.poll(1000 * self._patience()):
-                    if self._sock.fileno() < 0:
-                        raise EOFError
-                    continue  # nothing is due: an idle connection is no broken one
-                answer, _ = frame.recv_data(self._sock, DataReply)
-                with self._lock:
-                    self._due.pop(answer.id, None)
-                self._one_side(answer.id, answer)
-        except (OSError, EOFError, frame.FrameError) as e:
-            self._break(str(e) or "closed")
-
-    def _patience(self) -> float:
-        """Seconds until an answer may be overdue. TimeoutError if one is."""
-        with self._lock:
-            if not self._due:
-                return CHAIN_TIMEOUT_S  # no request that comes meanwhile is due earlier
-            left = next(iter(self._due.values())) - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("no answer in time")
-        return left
-
-    def _break(self, reason: str) -> None:
-        """Everything that waits for this server has failed because of it."""
-        with self._lock:
-            if self.broken:
-                return
-            self.broken = True
-            if self._due or self._sock is None:
-                self.rest_until = time.monotonic() + _REST_S
-            half = [i for i, a in self._waiting.items() if a is None]
-            ready = [(i, a) for i, a in self._waiting.items() if a is not None]
-            for ident in half:
-                self._waiting[ident] = self._failure(ident)
-            for ident, _ in ready:
-                del self._waiting[ident]
-        if half or ready:
-            log.warning("chain broken", server=self._hop.server.hex(), reason=reason,
-                        address=f"{self._hop.host}:{self._hop.port}")  # fmt: skip
-        for ident, answer in ready:
-            self._up.reply(answer if answer.status else self._failure(ident))
-        self.close()
-
-    def close(self) -> None:
-        """Give the socket back."""
-        if self._sock is not None:
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
-            self._sock.close()
-
-
-def _without_first_hop(head: _ChainRequest) -> _ChainRequest:
-    return replace(head, chain=head.chain[1:])

@@ -1,16 +1,11 @@
 """Chunks of files as the tools show them: from the masters, and checksums from the chunkservers."""
 
 import hashlib
-import socket
 from collections.abc import Iterator
 
+from raftfs.client.chunk import ChunkPool, ChunkReader
 from raftfs.client.meta import ToolClient
-from raftfs.const import BLOCKS_PER_CHUNK
-from raftfs.errors import ReplyError
-from raftfs.wire import frame
 from raftfs.wire import messages as m
-
-_TIMEOUT_S = 5.0
 
 
 def chunks(client: ToolClient, inode: int) -> Iterator[m.FileChunk]:
@@ -21,19 +16,13 @@ def chunks(client: ToolClient, inode: int) -> Iterator[m.FileChunk]:
         first = part[-1].index + 1
 
 
-def block_crcs(chunk: int, copy: m.Location) -> bytes:
+def block_crcs(pool: ChunkPool, chunk: int, copy: m.Location) -> bytes:
     """The CRCs (big-endian, 4 bytes each) of a copy's blocks up to the last written one.
 
-    OSError or ReplyError if the chunkserver does not give them.
+    LinkError or ReplyError if the chunkserver does not give them.
     """
-    with socket.create_connection((copy.host, copy.port), _TIMEOUT_S) as sock:
-        sock.settimeout(_TIMEOUT_S)
-        frame.send_data(sock, m.ListBlocks(0, chunk, copy.version))
-        head, data = frame.recv_data(sock, m.DataReply)
-    if head.status:
-        raise ReplyError(head.status)
-    written = int.from_bytes(data[4 * BLOCKS_PER_CHUNK :], "little")
-    return bytes(data[: 4 * written.bit_length()])
+    table, written = ChunkReader(pool, (copy.host, copy.port)).block_list(chunk, copy.version)
+    return bytes(table[: 4 * written.bit_length()])
 
 
 def digest(crcs: bytes) -> str:

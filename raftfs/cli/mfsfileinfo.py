@@ -8,8 +8,9 @@ give equal ones, whichever copies are asked.
 from raftfs.cli import output
 from raftfs.cli.chunkinfo import block_crcs, chunks, copies_table, digest
 from raftfs.cli.target import for_each
+from raftfs.client.chunk import ChunkPool
 from raftfs.client.meta import ToolClient
-from raftfs.errors import ReplyError
+from raftfs.errors import LinkError, ReplyError
 from raftfs.wire import messages as m
 
 USAGE = """show the chunks of files and where their copies are
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     except output.Usage:
         return output.usage(USAGE)
     answers: dict[str, object] = {}
+    pool = ChunkPool()
 
     def show(client: ToolClient, name: str, inode: int) -> None:
         if "--json" in found:
@@ -38,9 +40,10 @@ def main(argv: list[str] | None = None) -> int:
             counts = copies_table(client, inode)
             print("\n".join([f"{name}:", *output.counts_by_copies(counts, "n")]))
         else:
-            _show(client, name, inode, checksums="-c" in found, sign="-s" in found)
+            _show(client, pool, name, inode, checksums="-c" in found, sign="-s" in found)
 
     status = for_each(names, show)
+    pool.close()
     if "--json" in found:
         output.print_json(answers)
     return status
@@ -56,7 +59,9 @@ def _as_json(chunk: m.FileChunk) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _show(client: ToolClient, name: str, inode: int, *, checksums: bool, sign: bool) -> None:
+def _show(
+    client: ToolClient, pool: ChunkPool, name: str, inode: int, *, checksums: bool, sign: bool
+) -> None:
     found = list(chunks(client, inode))
     print(f"{name}:")
     if not found:
@@ -68,7 +73,8 @@ def _show(client: ToolClient, name: str, inode: int, *, checksums: bool, sign: b
             continue
         print(f"\tchunk {chunk.index}: {chunk.chunk:016X}_{chunk.version:08X} / "
               f"(id:{chunk.chunk} ver:{chunk.version})")  # fmt: skip
-        crcs = [_crcs(chunk.chunk, copy) for copy in chunk.copies] if checksums or sign else []
+        asked = chunk.copies if checksums or sign else []
+        crcs = [_crcs(pool, chunk.chunk, copy) for copy in asked]
         for number, copy in enumerate(chunk.copies, 1):
             detail = _detail(crcs[number - 1]) if checksums else ""
             print(f"\t\tcopy {number}: {copy.host}:{copy.port} (status:VALID{detail})")
@@ -79,10 +85,10 @@ def _show(client: ToolClient, name: str, inode: int, *, checksums: bool, sign: b
         print(f"{name} signature: {digest(signature)}")
 
 
-def _crcs(chunk: int, copy: m.Location) -> bytes | None:
+def _crcs(pool: ChunkPool, chunk: int, copy: m.Location) -> bytes | None:
     try:
-        return block_crcs(chunk, copy)
-    except (OSError, EOFError, ReplyError):
+        return block_crcs(pool, chunk, copy)
+    except (LinkError, ReplyError):
         return None  # shown as such: the copy does not answer
 
 

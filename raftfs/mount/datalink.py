@@ -3,13 +3,13 @@
 A `Stream` carries the writes of one chunk at a time, pipelined: the loop hands jobs to its sender
 thread, its receiver thread hands replies back. Threads, because checksums and socket calls of bulk
 data release the GIL, so that the loop goes on answering metadata requests (fuse notes, section 0).
-`DataLinks.fetch` reads with plain request and reply, in the threads of an executor.
+`DataLinks.fetch` reads with plain request and reply (`client/chunk.py`), in the threads of an
+executor.
 """
 
 import asyncio
 import queue
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -18,29 +18,19 @@ from typing import Any, Protocol
 
 import structlog
 
-from raftfs.errors import LinkError, RaftfsError, Status
+from raftfs.client import chunk
+from raftfs.client.chunk import Address
+from raftfs.errors import RaftfsError
 from raftfs.wire import messages as m
-from raftfs.wire.frame import piece_crcs, recv_data, send_data
+from raftfs.wire.frame import recv_data, send_data
 
 log = structlog.get_logger("raftfs.data")
 
-Address = tuple[str, int]
-
-_CONNECT_TIMEOUT_S = 1.0
-_SEND_TIMEOUT_S = 10  # whole seconds; a server that takes nothing for so long has failed
+_SEND_TIMEOUT_S = 10.0  # a server that takes nothing for so long has failed
 _JOIN_S = 10.0
 _READERS = 16
 _IDLE_STREAMS_PER_SERVER = 16
-_IDLE_READERS_PER_SERVER = 16
 _SUSPECT_S = 5.0
-
-
-def dial(address: Address, timeout_s: float = _CONNECT_TIMEOUT_S) -> socket.socket:
-    """A blocking connection with `timeout_s` for connecting only. OSError."""
-    sock = socket.create_connection(address, timeout=timeout_s)
-    sock.settimeout(None)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
 
 
 class Job(Protocol):
@@ -91,13 +81,11 @@ class Stream:
 
     def _sender(self) -> None:
         try:
-            sock = dial(self.address)
+            sock = chunk.dial(self.address)
         except OSError as e:
             self._post(e)
             return
-        sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0)
-        )
+        chunk.set_timeouts(sock, 0.0, _SEND_TIMEOUT_S)
         self._sock = sock
         receiver = threading.Thread(
             target=self._receiver, args=(sock,), daemon=True, name="raftfs-recv"
@@ -169,7 +157,7 @@ class DataLinks:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._idle: dict[Address, list[Stream]] = {}
-        self._readers: dict[Address, deque[socket.socket]] = {}
+        self._pool = chunk.ChunkPool()
         self._suspects: dict[Address, float] = {}
         self._executor = ThreadPoolExecutor(_READERS, thread_name_prefix="raftfs-read")
         self._closed = False
@@ -200,7 +188,8 @@ class DataLinks:
             idle.append(stream)
 
     def close_idle(self, older_than_s: float) -> None:
-        """Close streams that nobody used for so long."""
+        """Close connections that nobody used for so long."""
+        self._pool.close_idle(older_than_s)
         limit = time.monotonic() - older_than_s
         for address, idle in list(self._idle.items()):
             for stream in [s for s in idle if s.broken or s.idle_since < limit]:
@@ -209,20 +198,22 @@ class DataLinks:
             if not idle:
                 del self._idle[address]
 
-    # --- request and reply (any thread; `ask` from the loop)
+    # --- request and reply
 
-    async def ask(
-        self, address: Address, head: Any, timeout_s: float
-    ) -> tuple[m.DataReply, memoryview]:
-        """Send one request and wait for its reply, in a thread. LinkError if there is none."""
-        return await self._loop.run_in_executor(
-            self._executor, self.exchange, address, head, timeout_s
+    async def ask(self, address: Address, head: Any, timeout_s: float) -> m.DataReply:
+        """One request that may be repeated, and its reply. ReplyError; LinkError if none came."""
+        reply, _ = await self._loop.run_in_executor(
+            self._executor, self._pool.ask, address, head, timeout_s
         )
+        return reply
 
-    async def fetch(self, address: Address, head: m.ReadData, timeout_s: float) -> memoryview:
-        """The bytes asked for, checked. `CopyReadError` with the server's status; LinkError."""
+    async def fetch(
+        self, address: Address, copy: m.CopyId, offset: int, length: int, timeout_s: float
+    ) -> memoryview:
+        """The bytes asked for, checked. ReplyError with the server's status; LinkError."""
+        reader = chunk.ChunkReader(self._pool, address, timeout_s=timeout_s)
         return await self._loop.run_in_executor(
-            self._executor, self._fetch, address, head, timeout_s
+            self._executor, reader.read, copy.chunk, copy.version, offset, length
         )
 
     def suspect(self, address: Address) -> None:
@@ -237,58 +228,9 @@ class DataLinks:
         self._suspects = {a: until for a, until in self._suspects.items() if until > now}
         return sorted(copies, key=lambda c: (c.host, c.port) in self._suspects)
 
-    def exchange(
-        self, address: Address, head: Any, timeout_s: float
-    ) -> tuple[m.DataReply, memoryview]:
-        """Blocking: one request, its reply. LinkError. Keeps the connection for the next one."""
-        pool = self._readers.setdefault(address, deque())
-        while True:
-            try:
-                sock, fresh = pool.pop(), False
-            except IndexError:
-                sock, fresh = None, True
-            try:
-                if sock is None:
-                    sock = dial(address)
-                sock.settimeout(timeout_s)
-                send_data(sock, head)
-                reply, payload = recv_data(sock, m.DataReply)
-            except (OSError, EOFError) as e:
-                if sock is not None:
-                    sock.close()
-                if fresh or isinstance(e, TimeoutError):
-                    reason = str(e) or type(e).__name__
-                    raise LinkError(f"{address[0]}:{address[1]}: {reason}") from e
-                continue  # a kept connection that the server had closed: once more, anew
-            if len(pool) < _IDLE_READERS_PER_SERVER and not self._closed:
-                pool.append(sock)
-            else:
-                sock.close()
-            return reply, payload
-
-    def _fetch(self, address: Address, head: m.ReadData, timeout_s: float) -> memoryview:
-        reply, payload = self.exchange(address, head, timeout_s)
-        if reply.status:
-            raise CopyReadError(reply.status)
-        if len(payload) != head.length or piece_crcs(head.offset, payload) != list(reply.crcs):
-            raise CopyReadError(Status.BAD_CRC)
-        return payload
-
     def close(self) -> None:
         """Drop every connection that nobody uses and let the threads end."""
         self._closed = True
         self.close_idle(0.0)
-        for pool in self._readers.values():
-            while pool:
-                pool.pop().close()
+        self._pool.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-class CopyReadError(RaftfsError):
-    """A chunkserver answered a read with `status`, or with bytes that do not match their CRCs."""
-
-    def __init__(self, status: int) -> None:
-        self.status = status
-        super().__init__(f"read failed with status {status}")
-
-

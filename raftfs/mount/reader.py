@@ -18,7 +18,7 @@ import structlog
 from raftfs.const import CHUNK_SIZE, MIB
 from raftfs.errors import LinkError, RaftfsError, ReplyError, Status
 from raftfs.mount.cache import Budget, Recent
-from raftfs.mount.datalink import CopyReadError, DataLinks
+from raftfs.mount.datalink import DataLinks
 from raftfs.wire import messages as m
 
 log = structlog.get_logger("raftfs.reader")
@@ -234,16 +234,15 @@ class FileReader:
         copies = self.context.links.preference(chunk.copies)
         for number, copy in enumerate(copies):
             address = (copy.host, copy.port)
-            ident = self.context.next_ident()
-            head = m.ReadData(ident, chunk.chunk, copy.version, offset, size)
+            ident = m.CopyId(chunk.chunk, copy.version)
             last = number == len(copies) - 1
             left_s = max(0.2, deadline - time.monotonic())
             timeout_s = min(LAST_TIMEOUT_S if last else FAST_TIMEOUT_S, left_s)
             try:
-                return await self.context.links.fetch(address, head, timeout_s), why
-            except CopyReadError as e:
-                bad = e.status == Status.BAD_CRC
-                why[f"{copy.host}:{copy.port}"] = "BAD_CRC" if bad else f"status {e.status}"
+                data = await self.context.links.fetch(address, ident, offset, size, timeout_s)
+                return data, why
+            except ReplyError as e:
+                why[f"{copy.host}:{copy.port}"] = str(e)
             except LinkError as e:
                 self.context.links.suspect(address)
                 why[f"{copy.host}:{copy.port}"] = str(e)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from raftfs.errors import LinkError, RaftfsError
+from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.mount.cache import Budget
 from raftfs.mount.datalink import DataLinks
 from raftfs.wire import messages as m
@@ -98,9 +98,9 @@ async def sync_copies(context: WriteContext, inode: int, index: int) -> bool:
     async def one(copy: m.Location) -> bool:
         head = m.SyncData(context.next_ident(), found.chunk, copy.version, [])
         try:
-            reply, _ = await context.links.ask((copy.host, copy.port), head, SYNC_TIMEOUT_S)
-        except LinkError:
+            await context.links.ask((copy.host, copy.port), head, SYNC_TIMEOUT_S)
+        except (LinkError, ReplyError):
             return False
-        return reply.status == 0
+        return True
 
     return bool(found.copies) and all(await asyncio.gather(*map(one, found.copies)))

@@ -1,183 +1,222 @@
-"""A stop at every single call of a workload: what was synced is there, nothing else is made up."""
+"""A stop at every single step: synced bytes are there afterwards, and nobody reads wrong ones.
 
+Random scripts of writes, zeroings, syncs, raises and rests are cut off at each call that changes
+a file, by a kill (what was written is there) or by a power cut (see `crashdoor.py`); then the store
+is opened again, everything is read, changed and read again.
+
+To repeat one: RAFTFS_SEED=<seed> python -m pytest tests/chunk/test_crash.py
+"""
+
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from raftfs.chunk import disk
 from raftfs.chunk.disk import Disk
 from raftfs.chunk.store import ChunkStore
 from raftfs.const import BLOCK_SIZE
-from raftfs.errors import ReplyError
+from raftfs.errors import ReplyError, Status
 from raftfs.wire.frame import piece_crcs
-from tests.chunk.faults import CrashDoor, Stopped
+from tests.chunk.crashdoor import SECTOR, CrashDoor, Kill
 
-CHUNK = 0x77
-SPAN = 4 * BLOCK_SIZE
-
-Step = tuple[str, int, int]  # write | zero: offset, length; raise: version; sync, retire
-WORK: list[Step] = [
-    ("write", 0, BLOCK_SIZE), ("write", BLOCK_SIZE, 1000), ("sync", 0, 0),
-    ("write", BLOCK_SIZE + 1000, 700), ("write", BLOCK_SIZE + 1700, 300), ("write", 100, 50),
-    ("sync", 0, 0),
-    ("write", BLOCK_SIZE + 2000, BLOCK_SIZE), ("write", 600, 3000), ("zero", 0, BLOCK_SIZE),
-    ("write", 10, 10), ("sync", 0, 0),
-    ("raise", 2, 0), ("write", 5000, 5000), ("write", 3 * BLOCK_SIZE, 9), ("zero", 700, 5000),
-    ("sync", 0, 0), ("retire", 0, 0),
-    ("write", 2 * BLOCK_SIZE, BLOCK_SIZE), ("write", 3 * BLOCK_SIZE + 9, 9),
-    ("write", 300, 100), ("raise", 3, 0), ("zero", BLOCK_SIZE, 2 * BLOCK_SIZE),
-    ("retire", 0, 0), ("write", BLOCK_SIZE + 9, 99), ("write", 2 * BLOCK_SIZE, BLOCK_SIZE),
-    ("sync", 0, 0), ("write", 2 * BLOCK_SIZE + 50, 1000),
-]  # fmt: skip
+REGION = 5 * BLOCK_SIZE + 1536
+SEEDS = [int(os.environ["RAFTFS_SEED"])] if "RAFTFS_SEED" in os.environ else list(range(20))
+CHUNKS = (1, 2)
 
 
-class Promise:
-    """What a reader may find: the synced content, and every content since."""
+class Model:
+    """What a chunk may hold. `states`: contents since the last sync, the newest last."""
 
     def __init__(self) -> None:
-        self.states = [bytes(SPAN)]  # the first is durable
-        self.target = bytes(SPAN)  # differs from the last state while a step is under way
-        self.ever_synced = False
-        self.version, self.next_version = 1, 1
+        self.exists = False
+        self.synced = False
+        self.version = 1
+        self.maybe_version: int | None = None
+        self.states = [bytes(REGION)]
+        self.doing: bytes | None = None  # the content if the operation under way takes effect
 
-    def settle(self) -> None:
-        """A sync has succeeded."""
-        self.states, self.ever_synced = self.states[-1:], True
+    @property
+    def now(self) -> bytes:
+        return self.states[-1]
 
-    def check(self, got: bytes, states: list[bytes]) -> None:
-        """Every byte is that of one of the states."""
-        for at in range(0, SPAN, 512):
-            piece = got[at : at + 512]
-            choices = [s[at : at + 512] for s in states]
-            if piece not in choices:
-                for i, byte in enumerate(piece):
-                    assert byte in {c[i] for c in choices}, f"byte {at + i} was never {byte}"
+
+class Story:
+    """A random script on a store, and what must be true of it."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root = root
+        self.door = CrashDoor(random.Random(seed))
+        self.store = self.open()
+        self.store.join(b"c" * 16)
+
+    def open(self) -> ChunkStore:
+        return ChunkStore([Disk(self.root, leave_free=0)], self.door, open_files_max=1)
+
+    def reset(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.token = 1
+        self.models = {chunk: Model() for chunk in CHUNKS}
+
+    def reopen(self) -> None:
+        self.store._disks[0].close()
+        self.store = self.open()
+
+    # --- steps
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            chunk = self.draw.choice(CHUNKS)
+            kinds = ("write", "write", "write", "write", "zero", "sync", "sync", "raise", "rest")
+            getattr(self, "_" + self.draw.choice(kinds))(chunk, self.models[chunk])
+
+    def _range(self) -> tuple[int, int]:
+        border = self.draw.randrange(0, 6) * BLOCK_SIZE + self.draw.choice((-512, -3, 0, 0, 5, 900))
+        offset = min(max(0, border), REGION - 1)
+        length = self.draw.choice((1, 7, 512, 3000, BLOCK_SIZE - 5, BLOCK_SIZE, 2 * BLOCK_SIZE + 9))
+        return offset, min(length, REGION - offset)
+
+    def _change(self, model: Model, offset: int, data: bytes) -> None:
+        model.doing = model.now[:offset] + data + model.now[offset + len(data) :]
+
+    def _did(self, model: Model) -> None:
+        assert model.doing is not None
+        model.exists = True
+        model.states.append(model.doing)
+        model.doing = None
+
+    def _write(self, chunk: int, model: Model) -> None:
+        offset, length = self._range()
+        data = self.draw.randbytes(length)
+        self._change(model, offset, data)
+        if self.draw.random() < 0.2:
+            self.token += 1
+        self.store.write(chunk, model.version, self.token, True, offset, memoryview(data),
+                         piece_crcs(offset, data))  # fmt: skip
+        self._did(model)
+
+    def _zero(self, chunk: int, model: Model) -> None:
+        offset, length = self._range()
+        self._change(model, offset, bytes(length))
+        self.store.zero(chunk, model.version, self.token, True, offset, length)
+        self._did(model)
+
+    def _sync(self, chunk: int, model: Model) -> None:
+        if model.exists:
+            self.store.sync(chunk, model.version)
+            model.states, model.synced = [model.now], True
+
+    def _raise(self, chunk: int, model: Model) -> None:
+        if model.exists:
+            self.token += 1
+            model.maybe_version = model.version + self.draw.randrange(1, 3)
+            self.store.raise_version(chunk, model.maybe_version, self.token)
+            model.version, model.maybe_version = model.maybe_version, None
+            model.states, model.synced = [model.now], True
+
+    def _rest(self, chunk: int, model: Model) -> None:
+        self.store.rest_idle(-1.0)
+
+    # --- after a crash
+
+    def check(self, *, power: bool) -> None:
+        for chunk, model in self.models.items():
+            try:
+                self._check(chunk, model, power=power)
+            except ReplyError as e:
+                lost = e.status in (Status.NO_CHUNK, Status.BAD_CRC)
+                never = not model.exists if not power else not model.synced
+                assert lost and never, f"chunk {chunk}: {e}"
+                self.models[chunk] = fresh = Model()
+                fresh.version = 10 + model.version  # the old file, moved aside, has its name
+
+    def _check(self, chunk: int, model: Model, *, power: bool) -> None:
+        version = self.store.version_of(chunk)
+        if version is None:
+            raise ReplyError(Status.NO_CHUNK)
+        assert version in (model.version, model.maybe_version)
+        content = self._read(chunk, version)
+        allowed = list(model.states) if power else [model.now]
+        if model.doing is not None:
+            allowed.append(model.doing)
+        for at in range(0, REGION, SECTOR):
+            piece = content[at : at + SECTOR]
+            states = {a[at : at + SECTOR] for a in allowed}
+            # A mixture of states is what a sector is after its file's size was cut inside it.
+            if piece not in states:
+                mixture = all(p in column for p, *column in zip(piece, *states, strict=True))
+                assert power and mixture, f"chunk {chunk} at {at}"
+        model.version, model.maybe_version, model.doing = version, None, None
+        model.exists = True
+        model.states = [content] if power else [*model.states, content]
+
+    def _read(self, chunk: int, version: int) -> bytes:
+        data, crcs = self.store.read(chunk, version, 0, REGION)
+        assert crcs == piece_crcs(0, data)
+        return bytes(data)
+
+    def go_on(self) -> None:
+        """The store works after the crash: change a little everywhere, read all."""
+        for chunk, model in self.models.items():
+            for block in range(5):
+                offset = block * BLOCK_SIZE + 77
+                self._change(model, offset, b"after")
+                self.store.write(chunk, model.version, self.token, True, offset,
+                                 memoryview(b"after"), piece_crcs(offset, b"after"))  # fmt: skip
+                self._did(model)
+            assert self._read(chunk, model.version) == model.now
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One disk's folder for all tests here: making its 256 folders takes longer than a test."""
-    return tmp_path_factory.mktemp("disk")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A disk with the two folders that the chunks are in: it is opened thousands of times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "_FOLDERS", ["01", "02"])
+        yield tmp_path_factory.mktemp("disk")
 
 
-def _run(store: ChunkStore, promise: Promise, work: list[Step], seed: int) -> None:
-    rng = random.Random(seed)
-    for what, offset, length in work:
-        if what in ("write", "zero"):
-            data = rng.randbytes(length) if what == "write" else bytes(length)
-            last = promise.states[-1]
-            promise.target = last[:offset] + data + last[offset + length :]
-            if what == "write":
-                store.write(CHUNK, promise.version, 1, True, offset, data,
-                            piece_crcs(offset, data))  # fmt: skip
-            else:
-                store.zero(CHUNK, promise.version, 1, True, offset, length)
-            promise.states.append(promise.target)
-        elif what == "raise":
-            promise.next_version = offset
-            store.raise_version(CHUNK, offset, 1)
-            promise.version = offset
-            promise.settle()
-        elif what == "sync":
-            store.sync(CHUNK, promise.version)
-            promise.settle()
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("crash", ["kill", "power cut", "kill, then power cut"])
+def test_a_stop_at_any_step_loses_nothing_synced(root: Path, seed: int, crash: str) -> None:
+    print(f"RAFTFS_SEED={seed} python -m pytest tests/chunk/test_crash.py -k '{crash}'")
+    story = Story(root, seed)
+    try:
+        _tell(story, root, seed, crash)
+    finally:
+        story.store._disks[0].close()
+
+
+def _tell(story: Story, root: Path, seed: int, crash: str) -> None:
+    die_at = 0
+    while True:
+        die_at += 1 if crash == "kill" else random.Random(die_at).randrange(1, 4)
+        story.door.wipe()
+        for path in root.glob("0[12]/*"):
+            path.unlink()
+        story.reopen()
+        story.reset(seed)
+        story.door.revive(die_at)
+        try:
+            story.run(14)
+            break
+        except Kill:
+            pass
+        if crash == "power cut":
+            story.door.power_cut()
         else:
-            store._copies[CHUNK].retire()
-            promise.settle()
-
-
-def _kill(door: CrashDoor) -> None:
-    door.kill()
-
-
-def _cut(door: CrashDoor) -> None:
-    door.power_cut(torn=False)
-
-
-def _torn(door: CrashDoor) -> None:
-    door.power_cut(torn=True)
-
-
-def _look(store: ChunkStore, promise: Promise, killed: bool) -> None:
-    copies = store.copies()
-    if not copies:
-        assert not promise.ever_synced
-        return
-    assert [c.chunk for c in copies] == [CHUNK]
-    version = copies[0].version
-    assert version in (promise.version, promise.next_version)
-    try:
-        got = bytes(store.read(CHUNK, version, 0, SPAN)[0])
-    except ReplyError:
-        if promise.ever_synced:
-            raise
-        return  # it was being made, and nobody was told that it is
-    states = promise.states[-1:] if killed else promise.states
-    promise.check(got, [*states, promise.target])
-
-
-def _one_stop(
-    path: Path, stop_at: int, after: Callable[[CrashDoor], None], work: list[Step], seed: int
-) -> bool:
-    """Run, stop, look, work on, look again. True when the work was not stopped any more."""
-    rng = random.Random(seed * 10_007 + stop_at)
-    door, promise = CrashDoor(rng, stop_at), Promise()
-    for old in path.glob("77/*"):
-        old.unlink()
-    disk = Disk(path)
-    store = ChunkStore([disk], door)
-    done = True
-    try:
-        _run(store, promise, work, seed)
-    except Stopped:
-        done = False
-    disk.close()
-    after(door)
-    disk = Disk(path)
-    store = ChunkStore([disk])
-    _look(store, promise, after is _kill)
-    if store.copies() and promise.ever_synced:
-        # What was settled stays: the copy takes work and keeps what nobody touches.
-        version = store.copies()[0].version
-        before = bytes(store.read(CHUNK, version, 0, SPAN)[0])
-        store.write(CHUNK, version, 1, False, 77, b"again", piece_crcs(77, b"again"))
-        store.close()
-        disk = Disk(path)
-        store = ChunkStore([disk])
-        got = bytes(store.read(CHUNK, version, 0, SPAN)[0])
-        assert got == before[:77] + b"again" + before[82:]
-    store.close()
-    return done
-
-
-@pytest.mark.parametrize("after", [_kill, _cut, _torn])
-def test_a_stop_at_every_call(folder: Path, after: Callable[[CrashDoor], None]) -> None:
-    seed, stop_at, done = 1, 0, False
-    while not done:
-        stop_at += 1
-        print("seed", seed, "stop", stop_at)
-        done = _one_stop(folder, stop_at, after, WORK, seed)
-    assert stop_at > 60
-
-
-def _random_work(rng: random.Random) -> list[Step]:
-    work: list[Step] = [("write", 0, 2 * BLOCK_SIZE), ("sync", 0, 0)]
-    version = 1
-    for _ in range(16):
-        offset = rng.randrange(4) * BLOCK_SIZE + rng.choice([0, 0, 100, 65_000])
-        length = min(rng.choice([10, 600, 5000, BLOCK_SIZE, BLOCK_SIZE + 99]), SPAN - offset)
-        what = rng.choice(["write", "write", "write", "zero", "sync", "retire", "raise"])
-        version += what == "raise"
-        work.append((what, version if what == "raise" else offset, length))
-    return work
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_random_work_stopped_somewhere(folder: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    work = _random_work(rng)
-    for after in (_kill, _cut, _torn, _torn):
-        stop_at = rng.randrange(1, 60)
-        print("seed", seed, "stop", stop_at, after.__name__)
-        _one_stop(folder, stop_at, after, work, seed)
+            story.door.revive()
+        story.reopen()
+        story.check(power=crash == "power cut")
+        if crash == "kill, then power cut":
+            story.door.die_at = random.Random(die_at).randrange(1, 20)
+            try:
+                story.run(5)
+            except Kill:
+                pass
+            story.door.power_cut()
+            story.reopen()
+            story.check(power=True)
+        story.go_on()
+    assert die_at > 20

@@ -1,295 +1,336 @@
-"""The store of copies: fencing by version and token, orders, disks that do not fit together."""
+"""What the store promises of content: right bytes or an error, under versions and tokens."""
 
 import errno
 import os
-from collections.abc import Iterator
+import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import raftfs.chunk.store as store_module
-from raftfs.chunk.disk import Disk, FileDoor
-from raftfs.chunk.store import ChunkStore
-from raftfs.const import BLOCK_SIZE
-from raftfs.errors import ReplyError, Status, UserError
-from raftfs.wire.frame import piece_crcs
+from raftfs.chunk.door import FileDoor
+from raftfs.const import BLOCK_SIZE, CHUNK_SIZE
+from raftfs.errors import ReplyError, Status
+from raftfs.wire.frame import ZERO_BLOCK_CRC, piece_crcs
 from raftfs.wire.messages import CopyId
-
-DATA = b"data" * 300
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[ChunkStore]:
-    """A store on one disk, `tmp_path/d`."""
-    made = ChunkStore([Disk(tmp_path / "d")])
-    made.join(b"c" * 16)
-    yield made
-    made.close()
+from tests.chunk.parts import chunk_file, make_store, noise, read, write
 
 
-def _put(
-    store: ChunkStore, chunk: int, version: int = 1, token: int = 1, *, create: bool = True
-) -> None:
-    store.write(chunk, version, token, create, 0, DATA, piece_crcs(0, DATA))
+def test_a_small_file_takes_no_more_than_it_has(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store, 1, 0, noise(1, 10 * 1024))
+    assert chunk_file(tmp_path, 1).stat().st_size == 8192 + 10 * 1024
+    assert read(store, 1, 0, 12 * 1024) == noise(1, 10 * 1024) + bytes(2048)
+    store.close()
 
 
-def _get(store: ChunkStore, chunk: int, version: int = 1) -> bytes:
-    return bytes(store.read(chunk, version, 0, len(DATA))[0])
+@pytest.mark.parametrize("seed", [int(os.environ.get("RAFTFS_SEED", n)) for n in range(3)])
+def test_random_ranges_against_a_model(tmp_path: Path, seed: int) -> None:
+    """To repeat: RAFTFS_SEED=<seed> python -m pytest tests/chunk/test_store.py -k random"""
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    store = make_store(tmp_path, open_files_max=1)
+    model = bytearray(6 * BLOCK_SIZE)
+    write(store, 2, 0, b"x")  # its use closes the other's file
+    for _ in range(300):
+        offset = min(len(model) - 1, max(0, draw.randrange(6) * BLOCK_SIZE + draw.randrange(-9, 9)))
+        length = min(len(model) - offset, draw.choice((1, 8, 100, BLOCK_SIZE, 150_000)))
+        data = draw.randbytes(length)
+        kind = draw.randrange(8)
+        if kind < 4:
+            write(store, 1, offset, data)
+            model[offset : offset + length] = data
+        elif kind == 4:
+            store.zero(1, 1, 1, True, offset, length)
+            model[offset : offset + length] = bytes(length)
+        elif kind == 5:
+            write(store, 1, 0, data[:9])
+            model[: len(data[:9])] = data[:9]
+            store.sync(1, 1)
+        elif kind == 6:
+            store.rest_idle(-1.0)
+        else:
+            read(store, 2, 0, 1)
+        if draw.random() < 0.5 and store.version_of(1):
+            assert read(store, 1, offset, length) == model[offset : offset + length]
+    store.close()
+    store = make_store(tmp_path)
+    assert read(store, 1, 0, len(model)) == model
+    blocks = store.block_list(1, 1)
+    for block in range(6):
+        content = bytes(model[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE])
+        crc = int.from_bytes(blocks[4 * block : 4 * block + 4], "big")
+        assert [crc] == piece_crcs(0, content)
+    assert int.from_bytes(blocks[24:28], "big") == ZERO_BLOCK_CRC
+    store.close()
 
 
-def _status(call: Any, *args: Any) -> int:
+def test_zeroed_blocks_become_holes_and_their_bytes_go(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store, 1, 0, noise(2, 4 * BLOCK_SIZE))
+    store.sync(1, 1)
+    store.zero(1, 1, 1, False, BLOCK_SIZE + 10, CHUNK_SIZE - BLOCK_SIZE - 10)
+    assert store.block_list(1, 1)[4096] == 0b11
+    assert chunk_file(tmp_path, 1).stat().st_size == 8192 + 2 * BLOCK_SIZE
+    assert read(store, 1, 0, 4 * BLOCK_SIZE) == (
+        noise(2, 4 * BLOCK_SIZE)[: BLOCK_SIZE + 10] + bytes(3 * BLOCK_SIZE - 10)
+    )
+    store.close()
+
+
+def test_damage_of_any_byte_is_found_and_never_returned(tmp_path: Path) -> None:
+    content = noise(3, 2 * BLOCK_SIZE + 1000)
+    store = make_store(tmp_path)
+    write(store, 1, BLOCK_SIZE, content)
+    store.close()
+    path = chunk_file(tmp_path, 1)
+    good = path.read_bytes()
+    draw = random.Random(4)
+    header = [*range(0, 512, 7), 511, 512, *draw.sample(range(512, 4096), 10)]
+    table = list(range(4096 + 4, 4096 + 16))
+    data = 8192 + BLOCK_SIZE
+    rest = [data, data + BLOCK_SIZE, len(good) - 1, *draw.sample(range(data, len(good)), 30)]
+    for at in header + table + rest:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << draw.randrange(8)]) + good[at + 1 :])
+        store = make_store(tmp_path)
+        told: list[CopyId] = []
+        store.report = lambda made, gone, damaged, told=told: told.extend(damaged)  # type: ignore
+        with pytest.raises(ReplyError) as e:
+            store.read(1, 1, BLOCK_SIZE, len(content))
+        assert e.value.status == Status.BAD_CRC, at
+        assert told == [CopyId(1, 1)] and store.copies() == []
+        store.close()
+        aside = path.with_name(path.name + ".damaged")
+        assert aside.exists() and not path.exists()  # kept for the administrator
+        aside.unlink()
+    for cut in (1, 100, 8191, len(good) - 1):
+        path.write_bytes(good[:cut])
+        store = make_store(tmp_path)
+        with pytest.raises(ReplyError):
+            store.read(1, 1, BLOCK_SIZE, len(content))
+        store.close()
+        path.with_name(path.name + ".damaged").unlink()
+    path.write_bytes(good)
+    store = make_store(tmp_path)
+    assert read(store, 1, BLOCK_SIZE, len(content)) == content
+    store.close()
+
+
+def test_a_file_that_a_stop_left_empty_is_no_copy_and_no_damage(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store, 1, 0, b"x")
+    store.close()
+    path = chunk_file(tmp_path, 1)
+    path.write_bytes(b"")
+    store = make_store(tmp_path)
+    told: list[tuple[list[CopyId], list[CopyId]]] = []
+    store.report = lambda made, gone, damaged: told.append((gone, damaged))
     with pytest.raises(ReplyError) as e:
-        call(*args)
-    return e.value.status
+        store.raise_version(1, 2, 2)
+    assert e.value.status == Status.NO_CHUNK
+    assert told == [([CopyId(1, 1)], [])] and not list(tmp_path.glob("01/*"))
+    write(store, 1, 0, b"again")
+    assert read(store, 1, 0, 5) == b"again"
+    store.close()
 
 
-def test_versions_are_fenced(store: ChunkStore) -> None:
-    assert _status(lambda: _put(store, 5, create=False)) == Status.NO_CHUNK
-    _put(store, 5, 3)
-    for version in (1, 2, 4):
-        assert _status(lambda v=version: _put(store, 5, v)) == Status.WRONG_VERSION
-        assert _status(store.read, 5, version, 0, 1) == Status.WRONG_VERSION
-        assert _status(store.sync, 5, version) == Status.WRONG_VERSION
-        assert _status(store.blocks, 5, version) == Status.WRONG_VERSION
-        assert _status(store.zero, 5, version, 1, True, 0, 1) == Status.WRONG_VERSION
-    assert _get(store, 5, 3) == DATA
+def test_damage_under_a_partial_write_is_reported_not_covered(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    content = noise(5, 2 * BLOCK_SIZE)
+    write(store, 1, 0, content)
+    store.rest_idle(-1.0)
+    path = chunk_file(tmp_path, 1)
+    with open(path, "r+b") as file:
+        file.seek(8192 + 500)
+        file.write(bytes([content[500] ^ 1]))
+    with pytest.raises(ReplyError) as e:
+        write(store, 1, 0, b"hides it?")
+    assert e.value.status == Status.BAD_CRC
+    assert path.with_name(path.name + ".damaged").read_bytes()[8192:8201] == content[:9]
+    store.close()
 
 
-def test_tokens_are_fenced(store: ChunkStore) -> None:
-    _put(store, 5, 1, 10)
-    _put(store, 5, 1, 10)
-    assert _status(lambda: _put(store, 5, 1, 9)) == Status.WRONG_VERSION
-    store.raise_version(5, 2, 20)
-    assert _status(lambda: _put(store, 5, 2, 19)) == Status.WRONG_VERSION
-    assert _status(store.zero, 5, 2, 19, False, 0, 1) == Status.WRONG_VERSION
-    _put(store, 5, 2, 20)
+def test_data_that_arrives_damaged_touches_nothing(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store, 1, 0, b"good")
+    with pytest.raises(ReplyError) as e:
+        store.write(1, 1, 1, False, 0, memoryview(b"evil"), piece_crcs(0, b"fine"))
+    assert e.value.status == Status.BAD_CRC
+    assert read(store, 1, 0, 4) == b"good" and store.copies() == [CopyId(1, 1)]
+    store.close()
 
 
-def test_create_twice_is_one_copy(store: ChunkStore) -> None:
-    reports: list[Any] = []
-    store.report = lambda *r: reports.append(r)
-    _put(store, 5)
-    _put(store, 5)
-    assert reports == [([CopyId(5, 1)], [], [])] and len(store) == 1
+def test_versions_and_tokens_fence(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    told: list[tuple[list[CopyId], list[CopyId]]] = []
+    store.report = lambda made, gone, damaged: told.append((made, gone))
+    write(store, 1, 0, b"one", token=5)
+
+    def refused(status: int, version: int, token: int) -> None:
+        with pytest.raises(ReplyError) as e:
+            write(store, 1, 0, b"old", version=version, token=token)
+        assert e.value.status == status
+
+    refused(Status.WRONG_VERSION, 1, 4)
+    write(store, 1, 0, b"two", token=6)
+    refused(Status.WRONG_VERSION, 1, 5)
+    store.raise_version(1, 4, 9)
+    refused(Status.WRONG_VERSION, 1, 20)
+    refused(Status.WRONG_VERSION, 4, 8)
+    store.raise_version(1, 4, 9)  # repeated
+    with pytest.raises(ReplyError):
+        store.raise_version(1, 3, 30)
+    store.raise_version(1, 4, 11)  # another grant
+    refused(Status.WRONG_VERSION, 4, 10)
+    store.rest_idle(-1.0)
+    refused(Status.WRONG_VERSION, 4, 10)  # also when it was closed in between
+    store.close()
+    store = make_store(tmp_path)
+    refused(Status.WRONG_VERSION, 4, 10)  # and after a restart
+    assert read(store, 1, 0, 3, version=4) == b"two"
+    assert told == [([CopyId(1, 1)], []), ([CopyId(1, 4)], [CopyId(1, 1)])]
+    store.destroy(1, 3)
+    assert store.copies() == [CopyId(1, 4)]  # at exactly that version, or not at all
+    store.destroy(1, 4)
+    store.destroy(1, 4)
+    assert store.copies() == [] and not list(tmp_path.glob("01/*"))
+    with pytest.raises(ReplyError) as e:
+        store.read(1, 4, 0, 1)
+    assert e.value.status == Status.NO_CHUNK
+    store.close()
 
 
-def test_destroy_only_at_its_version(store: ChunkStore, tmp_path: Path) -> None:
-    _put(store, 5, 2)
-    store.destroy(5, 1)
-    assert _get(store, 5, 2) == DATA
-    store.destroy(5, 2)
-    store.destroy(5, 2)
-    assert not list(tmp_path.glob("d/??/*")) and len(store) == 0
-    _put(store, 6, 9)
-    store.destroy(6, 0)
+def test_nonsense_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    for offset, length in ((-1, 2), (CHUNK_SIZE - 1, 2), (0, 0), (0, 2 * CHUNK_SIZE)):
+        with pytest.raises(ReplyError) as e:
+            store.zero(1, 1, 1, True, offset, length)
+        assert e.value.status == errno.EINVAL
+    for chunk, version in ((0, 1), (1, 0), (2**64, 1), (1, 2**32)):
+        with pytest.raises(ReplyError) as e:
+            write(store, chunk, 0, b"x", version=version)
+        assert e.value.status == errno.EINVAL
     assert len(store) == 0
-
-
-def test_raise_may_be_repeated_but_not_lowered(store: ChunkStore) -> None:
-    reports: list[Any] = []
-    _put(store, 5)
-    store.report = lambda *r: reports.append(r)
-    store.raise_version(5, 4, 7)
-    store.raise_version(5, 4, 7)
-    assert reports == [([CopyId(5, 4)], [CopyId(5, 1)], [])]
-    assert _status(store.raise_version, 5, 3, 8) == Status.WRONG_VERSION
-    assert _status(store.raise_version, 6, 3, 8) == Status.NO_CHUNK
-    assert _get(store, 5, 4) == DATA
-
-
-def test_adopt(store: ChunkStore, tmp_path: Path) -> None:
-    store.adopt(5, 3, [(BLOCK_SIZE, DATA)])
-    assert bytes(store.read(5, 3, BLOCK_SIZE, len(DATA))[0]) == DATA
-    assert _status(store.adopt, 5, 4, []) == Status.WRONG_VERSION
-
-    def breaks() -> Iterator[tuple[int, bytes]]:
-        yield 0, DATA
-        raise OSError("source gone")
-
-    with pytest.raises(OSError):
-        store.adopt(6, 1, breaks())
-    assert [p.name for p in tmp_path.glob("d/??/*")] == ["chunk_0000000000000005_00000003.mfs"]
-
-
-def test_restart_finds_copies_and_removes_leftovers(store: ChunkStore, tmp_path: Path) -> None:
-    for chunk in range(1, 600, 7):
-        _put(store, chunk, chunk % 5 + 1)
-    (tmp_path / "d/01/chunk_0000000000000001_00000009.part").write_bytes(b"half")
-    (tmp_path / "d/01/README").write_bytes(b"not ours")
-    known, server = store.copies(), store.server
-    store.close()
-    again = ChunkStore([Disk(tmp_path / "d")])
-    assert sorted(again.copies(), key=repr) == sorted(known, key=repr)
-    assert (again.server, again.cluster) == (server, b"c" * 16)
-    assert not list(tmp_path.glob("d/??/*.part")) and (tmp_path / "d/01/README").exists()
-    assert _get(again, 8, 8 % 5 + 1) == DATA
-    store._disks = again._disks  # for the fixture's close
-
-
-def test_an_empty_file_is_no_damage_and_a_cut_one_is(store: ChunkStore, tmp_path: Path) -> None:
-    _put(store, 5)
-    _put(store, 6)
-    store.close()
-    os.truncate(tmp_path / "d/05/chunk_0000000000000005_00000001.mfs", 0)
-    os.truncate(tmp_path / "d/06/chunk_0000000000000006_00000001.mfs", 4200)
-    again = ChunkStore([Disk(tmp_path / "d")])
-    damaged: list[CopyId] = []
-    again.report = lambda made, gone, bad: damaged.extend(bad)
-    assert _status(_get, again, 5) == Status.NO_CHUNK
-    assert _status(_get, again, 6) == Status.BAD_CRC
-    assert damaged == [CopyId(6, 1)]
-    store._disks = again._disks
-
-
-def test_a_full_disk_takes_nothing_new(store: ChunkStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    _put(store, 5)
-    monkeypatch.setattr(Disk, "full", lambda self: True)
-    assert _status(_put, store, 6) == errno.ENOSPC
-    assert _status(store.adopt, 7, 1, []) == errno.ENOSPC
-    _put(store, 5)
-    assert _get(store, 5) == DATA and len(store) == 1
-
-
-def test_a_copy_that_could_not_be_made_can_be_made_later(tmp_path: Path) -> None:
-    class FullDoor(FileDoor):
-        """Has no room while `full`."""
-
-        full = True
-
-        def pwrite(self, fd: int, data: Any, offset: int) -> None:
-            """ENOSPC, or as the real one."""
-            if self.full:
-                raise OSError(errno.ENOSPC, "no space")
-            super().pwrite(fd, data, offset)
-
-    door = FullDoor()
-    store = ChunkStore([Disk(tmp_path / "d")], door)
-    with pytest.raises(OSError) as e:
-        _put(store, 5)
-    assert e.value.errno == errno.ENOSPC and len(store) == 0
-    door.full = False
-    _put(store, 5)
-    assert _get(store, 5) == DATA
     store.close()
 
 
-def test_open_files_are_bounded(
-    store: ChunkStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store_module, "OPEN_FILES_MAX", 10)
+class FaultyDoor(FileDoor):
+    """Fails a chosen kind of call, after doing half of it."""
 
-    def open_chunks() -> int:
-        names = (os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
-                 if os.path.exists(f"/proc/self/fd/{n}"))  # fmt: skip
-        return sum(f"{tmp_path}/d/" in n and "chunk_" in n for n in names)
+    def __init__(self) -> None:
+        self.fail: dict[str, int] = {}
 
-    for chunk in range(1, 41):
-        _put(store, chunk)
-    assert open_chunks() == 40
-    store.retire_idle()
-    assert open_chunks() == 10
-    monkeypatch.setattr(store_module, "IDLE_S", -1.0)
-    store.retire_idle()
-    assert open_chunks() == 0
-    assert all(_get(store, chunk) == DATA for chunk in range(1, 41))
+    def _maybe(self, what: str) -> None:
+        if what in self.fail:
+            raise OSError(self.fail[what], os.strerror(self.fail[what]))
 
+    def pwrite(self, fd: int, parts, offset: int) -> None:  # type: ignore[no-untyped-def]
+        if "pwrite" in self.fail and offset >= 8192:
+            data = b"".join(parts)
+            super().pwrite(fd, [data[: len(data) // 2]], offset)
+            self._maybe("pwrite")
+        super().pwrite(fd, parts, offset)
 
-def test_a_busy_copy_is_retired_another_time(
-    store: ChunkStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store_module, "IDLE_S", -1.0)
-    _put(store, 5)
-    copy = store._copies[5]
+    def pread(self, fd: int, into: memoryview, offset: int) -> int:
+        self._maybe("pread")
+        return super().pread(fd, into, offset)
 
-    class Busy:
-        """A lock that somebody else has."""
-
-        def acquire(self, blocking: bool = True) -> bool:
-            """Never."""
-            return False
-
-    lock, copy.lock = copy.lock, Busy()  # type: ignore[assignment]
-    store.retire_idle()
-    copy.lock = lock
-    assert copy._fd >= 0
-    store.retire_idle()
-    assert copy._fd < 0
+    def sync(self, fd: int) -> None:
+        self._maybe("sync")
+        super().sync(fd)
 
 
-def _refusal(paths: list[Path]) -> str:
-    with pytest.raises(UserError) as e:
-        ChunkStore([Disk(p) for p in paths])
-    text = str(e.value)
-    assert "\n" not in text and str(paths[0].parent) in text
-    return text
-
-
-def _made(path: Path, cluster: bytes) -> None:
-    store = ChunkStore([Disk(path)])
-    store.join(cluster)
+def test_a_full_disk_tears_nothing(tmp_path: Path) -> None:
+    door = FaultyDoor()
+    store = make_store(tmp_path, door=door)
+    old = noise(6, 2 * BLOCK_SIZE)
+    write(store, 1, 0, old)
+    store.sync(1, 1)
+    new = noise(7, 3 * BLOCK_SIZE)
+    door.fail = {"pwrite": errno.ENOSPC}
+    with pytest.raises(ReplyError) as e:
+        write(store, 1, 100, new)
+    assert e.value.status == errno.ENOSPC
+    door.fail = {}
+    half = len(new) // 2
+    expect = old[:100] + new[:half] + old[100 + half :]
+    assert read(store, 1, 0, 2 * BLOCK_SIZE) == expect[: 2 * BLOCK_SIZE]
+    assert read(store, 1, 2 * BLOCK_SIZE, BLOCK_SIZE) == bytes(BLOCK_SIZE)
+    write(store, 1, 100, new)
+    assert read(store, 1, 100, len(new)) == new
+    assert store.copies() == [CopyId(1, 1)]
     store.close()
 
 
-def test_disks_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    a, b, c, d = (tmp_path / n for n in "abcd")
-    _made(a, b"1" * 16)
-    _made(b, b"1" * 16)
-    assert "different servers" in _refusal([a, b])
-    held = Disk(c)
-    assert "in use by another chunkserver" in _refusal([c])
-    held.close()
-    for label in (b"", b"\xff\xff", b"\x01", b"hello", b"\xa1\x66format\x01", b"\x9f" * 5000):
-        d.mkdir(exist_ok=True)
-        (d / ".raftfs-disk").write_bytes(label)
-        assert "damaged" in _refusal([d]), label
-    (d / ".raftfs-disk").unlink()
-    (d / "05").mkdir()
-    (d / "05/chunk_0000000000000005_00000001.mfs").write_bytes(b"")
-    assert "has chunks but no" in _refusal([d])
-    (tmp_path / "file").write_bytes(b"")
-    assert "cannot be used" in _refusal([tmp_path / "file"])
-
-
-def test_disks_of_one_server_and_two_clusters_are_refused(tmp_path: Path) -> None:
-    for name, cluster in (("a", b"1" * 16), ("b", b"2" * 16)):
-        disk = Disk(tmp_path / name)
-        disk.claim(b"s" * 16, cluster)
-        disk.close()
-    assert "different clusters" in _refusal([tmp_path / "a", tmp_path / "b"])
-
-
-def test_a_new_disk_joins_the_server(tmp_path: Path) -> None:
-    _made(tmp_path / "a", b"1" * 16)
-    store = ChunkStore([Disk(tmp_path / "a"), Disk(tmp_path / "b")])
-    server = store.server
+def test_disk_errors_are_told_and_a_lost_sync_is_never_forgotten(tmp_path: Path) -> None:
+    door = FaultyDoor()
+    store = make_store(tmp_path, door=door)
+    write(store, 1, 0, b"data")
+    told: list[CopyId] = []
+    store.report = lambda made, gone, damaged: told.extend(damaged)
+    door.fail = {"sync": errno.EIO}
+    for _ in range(2):
+        with pytest.raises(ReplyError) as e:
+            store.sync(1, 1)
+        assert e.value.status == Status.DISK_ERROR
+        door.fail = {}  # the kernel tells of a failed write-back once only
+    store.rest_idle(-1.0)
+    with pytest.raises(ReplyError):
+        store.raise_version(1, 2, 2)
+    assert told == [CopyId(1, 1)] and store.copies() == []
+    door.fail = {"pread": errno.EIO}
+    with pytest.raises(ReplyError) as e:
+        read(store, 1, 0, 4)
+    assert e.value.status == Status.DISK_ERROR
     store.close()
-    other = ChunkStore([Disk(tmp_path / "b")])
-    assert (other.server, other.cluster) == (server, b"1" * 16)
-    other.close()
 
 
-def test_after_a_failed_sync_a_copy_is_never_counted_on_again(tmp_path: Path) -> None:
-    class BadDoor(FileDoor):
-        fail = False
+def test_descriptors_are_bounded(tmp_path: Path) -> None:
+    store = make_store(tmp_path, open_files_max=4)
+    before = len(os.listdir("/proc/self/fd"))
+    for chunk in range(1, 40):
+        write(store, chunk, 0, bytes([chunk]) * 100)
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    assert all(read(store, c, 0, 100) == bytes([c]) * 100 for c in range(1, 40))
+    assert store.rest_idle(-1.0) == 39
+    assert len(os.listdir("/proc/self/fd")) <= before
+    store.close()
 
-        def sync(self, fd: int) -> None:
-            if self.fail:
-                raise OSError(5, "injected")
-            super().sync(fd)
 
-    door = BadDoor()
-    store = ChunkStore([Disk(tmp_path / "hdd")], door)
-    store.join(b"c" * 16)
-    damaged: list[CopyId] = []
-    store.report = lambda made, gone, bad: damaged.extend(bad)
-    data = b"x" * 100
-    store.write(1, 1, 1, True, 0, data, piece_crcs(0, data))
-    door.fail = True
-    with pytest.raises(OSError, match="injected"):
-        store.sync(1, 1)
-    assert damaged == [CopyId(1, 1)]
-    door.fail = False
-    with pytest.raises(ReplyError) as error:
-        store.sync(1, 1)
-    assert error.value.status == Status.DISK_ERROR
+def test_several_disks(tmp_path: Path) -> None:
+    roots = [tmp_path / "a", tmp_path / "b"]
+    draws = iter([0.0, 0.999, 0.25, 0.75] * 5)
+    store = make_store(*roots, draw=lambda: next(draws))
+    for disk, at in zip(store._disks, (0, 1), strict=True):
+        disk.room = lambda at=at: [100 << 30, 300 << 30][at]  # type: ignore
+    for chunk in range(1, 5):
+        write(store, chunk, 0, b"x")
+    assert len(list(roots[0].glob("??/*.mfs"))) == 2  # 0.0 and 0.25 of a quarter
+    store._disks[0].room = lambda: 0  # type: ignore[method-assign]
+    for chunk in range(5, 9):
+        write(store, chunk, 0, b"x")
+    assert len(list(roots[0].glob("??/*.mfs"))) == 2
+    store._disks[1].room = lambda: 0  # type: ignore[method-assign]
+    with pytest.raises(ReplyError) as e:
+        write(store, 9, 0, b"x")
+    assert e.value.status == errno.ENOSPC
+    write(store, 8, 0, b"more")  # what exists can still be written
+    store.close()
+    store = make_store(*roots)
+    assert len(store) == 8 and store.space()[0] == store._disks[0].space()[0]
+    store.close()
+
+
+def test_of_two_files_of_one_chunk_the_newer_is_the_copy(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store, 1, 0, b"old")
+    store.close()
+    old = chunk_file(tmp_path, 1)
+    kept = old.read_bytes()
+    store = make_store(tmp_path)
+    store.raise_version(1, 2, 2)
+    store.close()
+    old.write_bytes(kept)
+    store = make_store(tmp_path)
+    assert store.copies() == [CopyId(1, 2)]
+    assert old.with_name(old.name + ".damaged").exists() and not old.exists()
+    store.close()

@@ -1,0 +1,72 @@
+"""Stores and servers for the tests of this folder."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raftfs.chunk.disk import Disk
+from raftfs.chunk.server import DataServer
+from raftfs.chunk.store import ChunkStore
+from raftfs.wire.frame import piece_crcs
+from raftfs.wire.messages import ChunkMap, Hop
+
+CLUSTER = b"c" * 16
+
+
+def make_store(*roots: Path, **options: Any) -> ChunkStore:
+    store = ChunkStore([Disk(root, leave_free=0) for root in roots], **options)
+    store.join(CLUSTER)
+    return store
+
+
+def write(store: ChunkStore, chunk: int, offset: int, data: bytes, *, version: int = 1,
+          token: int = 1) -> None:  # fmt: skip
+    store.write(chunk, version, token, True, offset, memoryview(data), piece_crcs(offset, data))
+
+
+def read(store: ChunkStore, chunk: int, offset: int, length: int, version: int = 1) -> bytes:
+    data, crcs = store.read(chunk, version, offset, length)
+    assert crcs == piece_crcs(offset, data)
+    return bytes(data)
+
+
+def chunk_file(root: Path, chunk: int) -> Path:
+    (path,) = root.glob(f"{chunk & 0xFF:02X}/chunk_{chunk:016X}_*.mfs")
+    return path
+
+
+def grant(chunk: int, *, version: int = 1, lock: int = 1, fresh: bool = True) -> ChunkMap:
+    return ChunkMap(chunk, version, 0, [], lock, fresh)
+
+
+class Server:
+    """A store and its data port, in this process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.store = make_store(root)
+        self.data = DataServer(self.store, "127.0.0.1", 0)
+
+    @property
+    def hop(self) -> Hop:
+        return Hop(self.store.server, "127.0.0.1", self.data.port)
+
+    def close(self) -> None:
+        self.data.close()
+        self.store.close()
+
+
+@contextmanager
+def servers(folder: Path, number: int) -> Iterator[list[Server]]:
+    made = [Server(folder / f"s{n}") for n in range(number)]
+    try:
+        yield made
+    finally:
+        for server in made:
+            server.close()
+
+
+def noise(seed: int, length: int) -> bytes:
+    return random.Random(seed).randbytes(length)
