@@ -26,7 +26,7 @@ def free_port_base() -> int:
     first = os.getpid() % len(bases)
     for base in bases[first:] + bases[:first]:
         wanted = [base + 10 * i + k for i in range(3) for k in (0, 2, 3, 7)]
-        wanted += [base + 500 + j for j in range(1, 6)]
+        wanted += [base + 500 + j for j in range(1, 10)]
         if all(_is_free(port) for port in wanted):
             return base
     raise RuntimeError("no free ports")

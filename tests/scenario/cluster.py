@@ -10,12 +10,10 @@ from typing import Any
 
 # What stopping, starting and founding may say on the way; anything else must be announced.
 _ALWAYS = ("chunkserver lost",)
-# What killing a master or a chunkserver may make the others say, depending on the moment: writers
-# and repairs meet the dead, readers meet copies that have just been destroyed as surplus.
+# What killing a master or a chunkserver has made the others say, depending on the moment: writers
+# and orders meet the dead, readers meet copies that have just been destroyed as surplus.
 KILLED = (
-    "chain broken", "write refused", "write connection lost", "order failed", "repair put off",
-    "copy not readable", "chunkserver does not take the term", "healing interrupted",
-    "session sweep interrupted", "copies not destroyed",
+    "chain broken", "write refused", "write connection lost", "order failed", "copy not readable",
 )  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def test_a_disk_of_another_cluster_is_refused(cluster: ScenarioCluster, tmp_path
     foreign.close()
     said = refused(
         CHUNK, "--hdd", str(tmp_path / "foreign"), "-H", f"127.0.0.1:{cluster.port_base + 2}",
-        "--listen", "127.0.0.1", "--port", str(cluster.port_base + 560), "--key",
+        "--listen", "127.0.0.1", "--port", str(cluster.port_base + 509), "--key",
         str(cluster.dir / "cluster.key"),
     )  # fmt: skip
     assert "belong to cluster" in said
