@@ -39,9 +39,6 @@ class Wire(Transport):  # type: ignore[misc]
 
     def send(self, node: Node, message: Any) -> bool:
         """Hand over to the network."""
-        assert self.core is not None
-        if isinstance(message, dict):
-            message = self.core.vote_request()
         self.world.send(self.name, node.id, message)
         return True
 

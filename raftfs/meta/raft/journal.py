@@ -1,40 +1,41 @@
 """The durable log of one replica: append-only segments, group commit, damage told from torn tails.
 
-A segment is a file of *blobs*. All records since the last `sync()` leave as one blob: one write,
-one fdatasync. The next blob is written only after that returned, so
+All records since the last sync leave as one blob: one write, one fdatasync. The next blob is
+written only after that returned, so
 
     the last blob is incomplete or fails its CRC      torn by a crash, nobody was told: cut
     a bad blob, and a valid later one with a higher   the disk changed what was durable: stop
     number than the bad one's
 
-    blob    := magic 8 | number u64 | length u32 | crc u32 over number, length, payload | payload
-    payload := record*        record := length u32 | kind u8 | index u64 | term u64 | data
+Segments (`segments.py` has the format) are created in their full size and never changed in place.
+Compaction unlinks whole ones. Each begins with the current V (and B), so what an unlinked one said
+is never missed. An error of a write or sync is final (`JournalError`): the kernel may have dropped
+the dirty pages, so trying again could report a durability that does not exist.
 
-    kinds: E entry, V term and vote (data: the vote), T truncated from index on,
-           B the log begins anew at (index, term): a snapshot was installed
+Entries stay in memory until a checkpoint has them (`compact`); behind it a tail stays on the disk
+for followers that lag, and is read from there.
 
-Segments are created in their full size and never changed in place. Compaction unlinks whole ones.
-Each begins with the current V (and B), so what an unlinked one said is never missed.
-An error of a write or sync is final (`JournalError`): the kernel may have dropped the dirty pages,
-so trying again could report a durability that does not exist.
+Two ways to make things durable: `sync()` at once, in the event loop; or
+
+    loop      take()          what was added so far is to be written next
+    thread    write_taken()   one blob, one fdatasync; the loop goes on
+    loop      settle()        `durable` has moved
 """
 
-import os
-import struct
-from collections.abc import Iterator
+import threading
+from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pysyncobj.journal import Journal
 
 from raftfs.errors import RaftfsError, UserError, invariant
+from raftfs.meta.raft import segments
+from raftfs.meta.raft.segments import BLOB_HEAD, RECORD_HEAD, Files, Record
+from raftfs.meta.raft.tail import Place, Tail
 from raftfs.wire.frame import crc32
 
-SEGMENT_BYTES = 4 << 20  # small, because a new one is filled with zeros while the loop waits
-_MAGIC = b"RFSJRNL\x01"
-_BLOB = struct.Struct("<8sQII")
-_CRC_PART = struct.Struct("<QI")
-_RECORD = struct.Struct("<IcQQ")
+SEGMENT_BYTES = 4 << 20
 
 Entry = tuple[bytes, int, int]  # command, index, term: pysyncobj's form
 
@@ -43,195 +44,225 @@ class JournalError(RaftfsError):
     """Writing or syncing the journal failed: this replica must stop at once."""
 
 
-class Files:
-    """The journal's only door to the disk; tests put a faulty one in its place."""
+class _Batch(NamedTuple):
+    """Records that were taken together; `mark` and `last_index` are the journal's at that time."""
 
-    def names(self, folder: Path) -> list[str]:
-        """Files in the folder, which is made if it is missing."""
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.listdir(folder)
-
-    def read(self, path: Path) -> bytes:
-        """Whole content."""
-        return path.read_bytes()
-
-    def create(self, path: Path, size: int) -> Any:
-        """A new file of `size` zero bytes, durable; gives a handle.
-
-        The zeros are written, not only allocated: an fdatasync that must turn unwritten extents
-        into written ones waits for the file system's own journal, and for whatever else is in it.
-        """
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        self.write(fd, bytes(size), 0)
-        os.fsync(fd)
-        return fd
-
-    def write(self, handle: Any, data: bytes, offset: int) -> None:
-        """All of `data` at `offset`."""
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(handle, view, offset)
-            view, offset = view[done:], offset + done
-
-    def sync(self, handle: Any) -> None:
-        """fdatasync."""
-        os.fdatasync(handle)
-
-    def sync_folder(self, folder: Path) -> None:
-        """Make creations and unlinks durable."""
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def unlink(self, path: Path) -> None:
-        """Remove a file."""
-        os.unlink(path)
-
-    def close(self, handle: Any) -> None:
-        """Give the handle back."""
-        os.close(handle)
+    records: list[Record]
+    mark: int
+    last_index: int
 
 
-class _Segment:
-    """A file of the journal and the highest entry index that it holds."""
+class _Written(NamedTuple):
+    """Batches that are durable now, and where their entries lie."""
 
-    def __init__(self, number: int, last_index: int) -> None:
-        self.number, self.last_index = number, last_index
+    records: list[Record]
+    places: list[Place | None]
+    mark: int
+    last_index: int
 
 
 class DurableJournal(Journal):  # type: ignore[misc]
-    """pysyncobj's journal interface over durable segments. Not thread-safe."""
+    """pysyncobj's journal interface over durable segments.
+
+    All methods belong to the event loop, but for `write_taken` and `unlink_before`, which one
+    thread may call meanwhile.
+    """
 
     def __init__(
-        self, folder: Path, files: Files | None = None, segment_bytes: int = SEGMENT_BYTES
+        self,
+        folder: Path,
+        files: Files | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
+        checkpointed: int = 0,
     ) -> None:
+        """Entries before `checkpointed` are not loaded into memory. UserError for damage."""
         self._folder = folder
         self._files = files or Files()
         self._segment_bytes = segment_bytes
         self._entries: list[Entry] = []
         self._bytes = 0
+        self._tail = Tail()
         self._term, self._vote = 0, ""
         self._base: tuple[int, int] | None = None
-        self._pending: list[bytes] = []
-        self._segments: list[_Segment] = []
+        self._pending: list[Record] = []
+        self._taken: deque[_Batch] = deque()
+        self._written: deque[_Written] = deque()
+        self.mark = 0  # counts what was added
+        self.durable = 0  # the mark up to which it is on the disk
+        self.durable_index = 0  # the last entry that is on the disk
+        self._cuts: list[tuple[int, int]] = []  # mark and index of cuts that are not durable yet
+        # What follows is guarded by this lock: a thread may be writing.
+        self._disk = threading.Lock()
+        self._segments: list[int] = []
         self._blob_number = 0
         self._handle: Any = None
+        self._offset = 0
         self._failed = False
         self.syncs = 0
-        self._recover()
-        self._begin_segment()
+        self._recover(checkpointed)
+        with self._disk:
+            self._begin_segment()
+        self.sync()
 
     # --- recovery
 
-    def _recover(self) -> None:
+    def _recover(self, checkpointed: int) -> None:
         try:
             names = self._files.names(self._folder)
-            numbers = sorted(int(n[:-4]) for n in names if n.endswith(".seg"))
-            for number in numbers:
+            for number in sorted(int(n[:-4]) for n in names if n.endswith(".seg")):
                 path = self._path(number)
-                self._replay(path, self._files.read(path))
-                self._segments.append(_Segment(number, self.last_index))
+                self._replay(number, path, self._files.read(path), checkpointed)
+                self._segments.append(number)
         except OSError as e:
             raise UserError(f"journal {self._folder} cannot be read: {e}") from None
+        self.durable_index = self.last_index
 
-    def _replay(self, path: Path, data: bytes) -> None:
+    def _replay(self, segment: int, path: Path, data: bytes, checkpointed: int) -> None:
         at = 0
-        while (blob := _blob_at(data, at)) is not None:
+        while (blob := segments.blob_at(data, at)) is not None:
             number, payload = blob
             # A blob that was torn gives its number to the next one written; so a gap in the numbers
             # means that something durable is missing between two blobs.
             if self._blob_number and number != self._blob_number + 1:
                 raise _damaged(path, at)
             self._blob_number = number
-            for record in _records(payload):
-                self._take(path, *record)
-            at += _BLOB.size + len(payload)
-        found = data.find(_MAGIC, at + 1)
+            for record in segments.records(payload, at + BLOB_HEAD):
+                self._replay_record(segment, path, record, checkpointed)
+            at += BLOB_HEAD + len(payload)
+        found = data.find(segments.MAGIC, at + 1)
         while found >= 0:
-            if _blob_at(data, found) is not None:
+            if segments.blob_at(data, found) is not None:
                 raise _damaged(path, at)
-            found = data.find(_MAGIC, found + 1)
+            found = data.find(segments.MAGIC, found + 1)
 
-    def _take(self, path: Path, kind: bytes, index: int, term: int, data: bytes) -> None:
+    def _replay_record(self, segment: int, path: Path, record: Record, checkpointed: int) -> None:
+        kind, index, term, data, offset = record
         if kind == b"V":
             self._term, self._vote = term, data.decode()
         elif kind == b"T":
             self._cut(index)
+            self._tail.cut(index)
         elif kind == b"B":
             if self._base != (index, term):
                 self._begin_anew(index, term)
         elif kind == b"E":
-            if self._entries and index != self.last_index + 1:
+            if self.last_index and index != self.last_index + 1:
                 raise UserError(f"journal {path}: entry {index} follows {self.last_index}")
-            self._push(data, index, term)
+            self._tail.append(index, term, Place(segment, offset, len(data), crc32(data)))
+            if index >= checkpointed:
+                self._push(data, index, term)
 
-    # --- segments
+    # --- segments (the disk lock is held)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:012d}.seg"
 
     def _begin_segment(self) -> None:
-        number = self._segments[-1].number + 1 if self._segments else 1
+        number = self._segments[-1] + 1 if self._segments else 1
         try:
             if self._handle is not None:
                 self._files.close(self._handle)
             self._handle = self._files.create(self._path(number), self._segment_bytes)
             self._offset = 0
-            self._segments.append(_Segment(number, self.last_index))
+            self._segments.append(number)
             self._files.sync_folder(self._folder)
         except OSError as e:
             raise self._fail(e) from None
-        restated = [_pack(b"V", 0, self._term, self._vote.encode())]
+        restated = [Record(b"V", 0, self._term, self._vote.encode())]
         if self._base is not None:
-            restated.append(_pack(b"B", *self._base))
-        self._pending = restated + self._pending
-        self._write()
+            restated.append(Record(b"B", *self._base, b""))
+        self._write(restated)
 
     def _fail(self, error: OSError) -> JournalError:
         self._failed = True
         return JournalError(f"journal {self._folder} cannot be written: {error}")
 
-    def sync(self) -> bool:
-        """Make everything so far durable. False if there was nothing. JournalError is final."""
-        if not self._pending:
-            return False
-        size = _BLOB.size + sum(map(len, self._pending))
+    def _write(self, batch: list[Record]) -> list[Place | None]:
+        """One durable blob; gives where its entries lie."""
+        invariant(not self._failed, "the journal has failed before")
+        places: list[Place | None] = []
+        packed = [record.pack() for record in batch]
+        size = BLOB_HEAD + sum(map(len, packed))
         if self._offset + size > self._segment_bytes and self._offset:
             self._begin_segment()
-        else:
-            self._write()
-        return True
-
-    def _write(self) -> None:
-        invariant(not self._failed, "the journal has failed before")
-        payload = b"".join(self._pending)
-        number = self._blob_number + 1
-        crc = crc32(payload, crc32(_CRC_PART.pack(number, len(payload))))
-        blob = _BLOB.pack(_MAGIC, number, len(payload), crc) + payload
+        at = self._offset + BLOB_HEAD
+        for record, raw in zip(batch, packed, strict=True):
+            place = Place(self._segments[-1], at + RECORD_HEAD, len(record.data),
+                          crc32(record.data)) if record.kind == b"E" else None  # fmt: skip
+            places.append(place)
+            at += len(raw)
+        blob = segments.pack_blob(self._blob_number + 1, b"".join(packed))
         try:
             self._files.write(self._handle, blob, self._offset)
             self._files.sync(self._handle)
         except OSError as e:
             raise self._fail(e) from None
-        self._pending.clear()
-        self._blob_number = number
+        self._blob_number += 1
         self._offset += len(blob)
-        self._segments[-1].last_index = max(self._segments[-1].last_index, self.last_index)
         self.syncs += 1
+        return places
+
+    # --- durability
+
+    def take(self) -> bool:
+        """What was added so far is to be written next. False if there is nothing to write."""
+        if self._pending:
+            self._taken.append(_Batch(self._pending, self.mark, self.last_index))
+            self._pending = []
+        return bool(self._taken)
+
+    def write_taken(self) -> None:
+        """Any thread: everything taken becomes durable in one blob. JournalError is final."""
+        with self._disk:
+            batches = []
+            while self._taken:
+                batches.append(self._taken.popleft())
+            if not batches:
+                return
+            batch = [record for b in batches for record in b.records]
+            places = self._write(batch)
+            self._written.append(_Written(batch, places, batches[-1].mark, batches[-1].last_index))
+
+    def settle(self) -> None:
+        """Learn what has become durable."""
+        while self._written:
+            written = self._written.popleft()
+            for record, place in zip(written.records, written.places, strict=True):
+                if record.kind == b"T":
+                    self._tail.cut(record.entry)
+                elif place is not None:
+                    self._tail.append(record.entry, record.term, place)
+            self.durable = written.mark
+            self._cuts = [cut for cut in self._cuts if cut[0] > written.mark]
+            self.durable_index = min([written.last_index, *(index - 1 for _, index in self._cuts)])
+
+    def sync(self) -> bool:
+        """Make everything so far durable, now. False if there was nothing. JournalError is final.
+        """
+        if not self.take():
+            self.settle()
+            return False
+        self.write_taken()
+        self.settle()
+        return True
 
     # --- the log in memory
 
     @property
     def last_index(self) -> int:
         """Index of the last entry, 0 if there is none."""
-        return self._entries[-1][1] if self._entries else 0
+        return self._entries[-1][1] if self._entries else self._tail.last
 
     @property
     def first_index(self) -> int:
-        """Index of the first entry that is still there."""
+        """Index of the first entry in memory."""
         return self._entries[0][1] if self._entries else 0
+
+    @property
+    def oldest_index(self) -> int:
+        """Index of the first entry that is still there, in memory or on the disk."""
+        kept = self._tail.first if self._tail.has(self.first_index) else self.first_index
+        return min(kept, self.first_index)
 
     @property
     def bytes_kept(self) -> int:
@@ -251,18 +282,40 @@ class DurableJournal(Journal):  # type: ignore[misc]
         self._entries = [(b"\x01", index, term)]
         self._bytes = 1
         self._base = (index, term)
+        self._tail = Tail()
 
-    def compact(self, index: int, keep_entries: int, keep_bytes: int) -> None:
-        """Forget entries below `index`, which a checkpoint covers, but keep a bounded tail."""
+    def _note(self, kind: bytes, index: int, term: int, data: bytes = b"") -> None:
+        self._pending.append(Record(kind, index, term, data))
+        self.mark += 1
+
+    def compact(self, index: int, keep_entries: int, keep_bytes: int) -> int:
+        """A checkpoint has everything up to `index`: keep only that entry and later ones in memory,
+        and a bounded tail before it on the disk. Gives the first segment that is still needed.
+        """
         index = min(index, self.last_index)
-        kept = 0
-        first = index
-        while first > self.first_index and index - first < keep_entries:
-            kept += len(self._entries[first - 1 - self.first_index][0])
-            if kept > keep_bytes:
+        self.deleteEntriesTo(index - self.first_index)
+        first = max(self._tail.first, min(index, self._tail.last) - keep_entries)
+        size = 0
+        for older in range(min(index, self._tail.last) - 1, first - 1, -1):
+            size += self._tail.length(older)
+            if size > keep_bytes:
+                first = older + 1
                 break
-            first -= 1
-        self.deleteEntriesTo(first - self.first_index)
+        self._tail.drop_before(first)
+        return self._tail.place(first).segment if self._tail.has(first) else 0
+
+    def unlink_before(self, segment: int) -> None:
+        """Any thread: remove segments before this one. JournalError."""
+        with self._disk:
+            old = [s for s in self._segments[:-1] if s < segment]
+            try:
+                for number in old:
+                    self._files.unlink(self._path(number))
+                if old:
+                    self._segments = self._segments[len(old) :]
+                    self._files.sync_folder(self._folder)
+            except OSError as e:
+                raise self._fail(e) from None
 
     # --- pysyncobj's Journal
 
@@ -270,7 +323,7 @@ class DurableJournal(Journal):  # type: ignore[misc]
         """Append an entry; durable after the next sync."""
         invariant(not self._entries or idx == self.last_index + 1, "gap in the log")
         self._push(command, idx, term)
-        self._pending.append(_pack(b"E", idx, term, command))
+        self._note(b"E", idx, term, command)
 
     def clear(self) -> None:
         """Not used: `reset_to` says where the log begins anew."""
@@ -278,40 +331,28 @@ class DurableJournal(Journal):  # type: ignore[misc]
 
     def reset_to(self, index: int, term: int) -> None:
         """A snapshot up to this entry was installed: the log begins there. Durable on return."""
+        self.sync()
         self._begin_anew(index, term)
-        self._pending.append(_pack(b"B", index, term))
-        self._begin_segment()
-        self._drop_segments(len(self._segments) - 1)
+        with self._disk:
+            self._begin_segment()
+            last = self._segments[-1]
+        self.durable_index = index
+        self.unlink_before(last)
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:  # noqa: N802, N803
         """Cut the log from a position (not index) on: a conflict with the leader."""
         if entryFrom < len(self._entries):
             index = self._entries[entryFrom][1]
-            self._pending.append(_pack(b"T", index, 0))
             self._cut(index)
+            self._note(b"T", index, 0)
+            self._cuts.append((self.mark, index))
+            self.durable_index = min(self.durable_index, index - 1)
 
     def deleteEntriesTo(self, entryTo: int) -> None:  # noqa: N802, N803
-        """Forget the entries before a position (not index), and segments that hold only such."""
-        if entryTo <= 0:
-            return
-        self._bytes -= sum(len(e[0]) for e in self._entries[:entryTo])
-        del self._entries[:entryTo]
-        droppable = 0
-        for segment in self._segments[:-1]:
-            if segment.last_index >= self.first_index:
-                break
-            droppable += 1
-        self._drop_segments(droppable)
-
-    def _drop_segments(self, count: int) -> None:
-        try:
-            for segment in self._segments[:count]:
-                self._files.unlink(self._path(segment.number))
-            if count:
-                del self._segments[:count]
-                self._files.sync_folder(self._folder)
-        except OSError as e:
-            raise self._fail(e) from None
+        """Forget the entries before a position (not index) in memory."""
+        if entryTo > 0:
+            self._bytes -= sum(len(e[0]) for e in self._entries[:entryTo])
+            del self._entries[:entryTo]
 
     def __getitem__(self, at: Any) -> Any:
         return self._entries[at]
@@ -320,7 +361,12 @@ class DurableJournal(Journal):  # type: ignore[misc]
         return len(self._entries)
 
     def entries_from(self, index: int, max_bytes: int) -> list[Entry]:
-        """Entries from `index` on, at least one if there is one, of about `max_bytes` in all."""
+        """Entries from `index` on, at least one if there is one, of about `max_bytes` in all.
+
+        Those before `first_index` are read from the disk. JournalError if they are damaged there.
+        """
+        if index < self.first_index and self._tail.has(index):
+            return self._from_disk(index, max_bytes)
         at, size = index - self.first_index, 0
         found: list[Entry] = []
         while 0 <= at < len(self._entries) and (not found or size < max_bytes):
@@ -329,8 +375,34 @@ class DurableJournal(Journal):  # type: ignore[misc]
             at += 1
         return found
 
+    def _from_disk(self, index: int, max_bytes: int) -> list[Entry]:
+        """As many as lie behind each other in one segment: one read."""
+        begin = self._tail.place(index)
+        places = [begin]
+        for later in range(index + 1, self.first_index):
+            place = self._tail.place(later)
+            if place.segment != begin.segment or place.offset - begin.offset > max_bytes:
+                break
+            places.append(place)
+        end = places[-1].offset + places[-1].length
+        path = self._path(begin.segment)
+        try:
+            raw = self._files.read_at(path, begin.offset, end - begin.offset)
+        except OSError as e:
+            raise JournalError(f"journal {path} cannot be read: {e}") from None
+        found: list[Entry] = []
+        for number, place in enumerate(places, index):
+            start = place.offset - begin.offset
+            data = raw[start : start + place.length]
+            if crc32(data) != place.crc:
+                raise JournalError(f"journal {path} is damaged: entry {number} is not as written")
+            found.append((data, number, self._tail.term(number)))
+        return found
+
     def term_at(self, index: int) -> int:
-        """The term of an entry that is in memory."""
+        """The term of an entry that is still there (from `oldest_index` on)."""
+        if index < self.first_index:
+            return self._tail.term(index)
         term: int = self._entries[index - self.first_index][2]
         return term
 
@@ -339,7 +411,7 @@ class DurableJournal(Journal):  # type: ignore[misc]
         vote = votedForNodeId or ""
         if (term, vote) != (self._term, self._vote):
             self._term, self._vote = term, vote
-            self._pending.append(_pack(b"V", 0, term, vote.encode()))
+            self._note(b"V", 0, term, vote.encode())
             self.sync()
 
     def getCurrentTerm(self) -> int:  # noqa: N802
@@ -368,35 +440,8 @@ class DurableJournal(Journal):  # type: ignore[misc]
             self._handle = None
 
 
-def _blob_at(data: bytes, at: int) -> tuple[int, bytes] | None:
-    """Number and payload of the valid blob at a place, else None."""
-    if at + _BLOB.size > len(data):
-        return None
-    magic, number, length, crc = _BLOB.unpack_from(data, at)
-    start = at + _BLOB.size
-    if magic != _MAGIC or start + length > len(data):
-        return None
-    payload = data[start : start + length]
-    if crc32(payload, crc32(_CRC_PART.pack(number, length))) != crc:
-        return None
-    return number, payload
-
-
 def _damaged(path: Path, at: int) -> UserError:
     return UserError(
         f"journal {path} is damaged at byte {at}, before data that was durable: "
         "do not start this replica with it; replace it (raftfs cluster replace)"
     )
-
-
-def _pack(kind: bytes, index: int, term: int, data: bytes = b"") -> bytes:
-    return _RECORD.pack(len(data), kind, index, term) + data
-
-
-def _records(payload: bytes) -> Iterator[tuple[bytes, int, int, bytes]]:
-    at = 0
-    while at < len(payload):
-        length, kind, index, term = _RECORD.unpack_from(payload, at)
-        at += _RECORD.size
-        yield kind, index, term, payload[at : at + length]
-        at += length

@@ -50,7 +50,6 @@ class Links(Transport):  # type: ignore[misc]
         self._server: rpc.Server | None = None
         self._dialers: list[asyncio.Task[None]] = []
         self._told: set[tuple[str, bytes]] = set()
-        self.vote_request: Callable[[], Any] | None = None
 
     # --- pysyncobj's seam
 
@@ -64,9 +63,6 @@ class Links(Transport):  # type: ignore[misc]
         link = self._links.get(node.id)
         if link is None:
             return False
-        if isinstance(message, dict):  # pysyncobj's own form; only its vote requests are left
-            assert message["type"] == "request_vote" and self.vote_request is not None
-            message = self.vote_request()
         link.notify(message)
         return True
 

@@ -2,9 +2,9 @@
 
 Life: `start` loads identity and journal, opens the links, waits until every peer was met once
 (first start only), then the node runs: each message or proposal schedules one `_run` for the end of
-the loop's turn (replicate, make durable, acknowledge, commit, apply), and a timer does so every 10
-ms. Tasks: `_checkpoints` (freeze in the loop, write in a thread, thaw in the loop, compact the
-journal).
+the loop's turn (replicate, acknowledge, commit, apply), as do a timer every 10 ms and each sync of
+the journal, which is a thread's work (`syncer.py`). Tasks: `_checkpoints` (freeze in the loop,
+write in a thread, thaw in the loop, compact the journal).
 
 Whatever must not be survived (journal error, bug in apply, damaged state) resolves `failed`; the
 owner stops the process. Nothing is served from then on.
@@ -27,6 +27,7 @@ from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.messages import PeerName, SnapshotNext, SnapshotPiece
 from raftfs.meta.raft.safety import LEADER, SafeSyncObj
 from raftfs.meta.raft.snapshot import SnapshotReceiver, SnapshotSender
+from raftfs.meta.raft.syncer import Syncer
 from raftfs.meta.state.apply import Applied
 from raftfs.wire.auth import ClusterKey
 from raftfs.wire.ops import Batch, Command, Digest, Found, Op, ReplaceMember, encode_batch
@@ -47,8 +48,9 @@ class ReplicaConfig(NamedTuple):
     replace: bool = False
     checkpoint_rows: int = 50_000  # overlay rows that make a checkpoint due
     checkpoint_every_s: float = 10.0
-    tail_entries: int = 10_000  # kept behind the checkpoint for followers that lag
+    tail_entries: int = 100_000  # kept on the disk behind the checkpoint for followers that lag
     tail_bytes: int = 64 << 20
+    memory_bytes: int = 64 << 20  # of entries that make a checkpoint due
     digest_every: int = 2_000
 
 
@@ -100,6 +102,7 @@ class Replica:
         self._loop = asyncio.get_running_loop()
         self._core: SafeSyncObj | None = None
         self._links: Links | None = None
+        self._syncer: Syncer | None = None
         self._scheduled = False
         self._proposed = False
         self._stopped = False
@@ -126,7 +129,9 @@ class Replica:
         )
         if self._identity.voter != voter and self.config.replace:
             log.info("already replaced; --replace is not needed any more")
-        self._journal = DurableJournal(folder / "journal")
+        self._journal = DurableJournal(
+            folder / "journal", checkpointed=self.machine.checkpointed[0]
+        )
         self._check_journal()
         self._known_members = self.machine.members()
         self._check_members()
@@ -138,6 +143,7 @@ class Replica:
         )
         await self._open_links()
         await self._meet_everybody()
+        self._syncer = Syncer(self._journal, self._synced)
         self._make_core()
         self._tasks.append(asyncio.ensure_future(self._checkpoints()))
         self._on_timer()
@@ -159,18 +165,18 @@ class Replica:
         """State and journal must overlap, or something acknowledged is missing."""
         journal, (index, term) = self._journal, self.machine.checkpointed
         if index == 0:
-            if journal.first_index > 1:
+            if journal.oldest_index > 1:
                 raise UserError(
-                    f"{self.config.data_dir}: the journal begins at entry {journal.first_index}, "
+                    f"{self.config.data_dir}: the journal begins at entry {journal.oldest_index}, "
                     "but the metadata file is new: it was lost; replace this master"
                 )
             return
-        inside = journal.first_index <= index <= journal.last_index
+        inside = journal.oldest_index <= index <= journal.last_index
         if not inside or journal.term_at(index) != term:
             raise UserError(
                 f"{self.config.data_dir}: the metadata file is at entry {index}, the journal has "
-                f"{journal.first_index} to {journal.last_index}: one of them was lost or replaced; "
-                "replace this master"
+                f"{journal.oldest_index} to {journal.last_index}: one of them was lost or "
+                "replaced; replace this master"
             )
 
     def _me(self) -> PeerName:
@@ -195,8 +201,8 @@ class Replica:
         self._core = SafeSyncObj(
             self.config.name if self._identity.voter else None, others, self._journal,
             self._links, self._apply, self._offer_snapshot, self.machine.applied[0],
+            self._known_members,
         )  # fmt: skip
-        self._links.vote_request = self._core.vote_request
         self._links.announce()
 
     async def stop(self) -> None:
@@ -213,6 +219,8 @@ class Replica:
             await self._links.stop()
             await self._sender.stop()
             await self._receiver.stop()
+            if self._syncer is not None:
+                await asyncio.to_thread(self._syncer.stop)
             self._journal._destroy()
 
     async def _hand_over(self) -> None:
@@ -317,8 +325,8 @@ class Replica:
 
     def _run(self) -> None:
         self._scheduled = False
-        core = self._core
-        if self._stopped or core is None or self._links is None:
+        core, syncer = self._core, self._syncer
+        if self._stopped or core is None or self._links is None or syncer is None:
             return
         try:
             if self._proposed and core.state == LEADER:
@@ -326,10 +334,19 @@ class Replica:
                 self._links.flush()  # so that followers write while this node does
             self._proposed = False
             self._sender.term = core.term
-            core.tick()
+            syncer.kick()
+            core.step()
+            syncer.kick()  # what the step added
             self._look_around(core)
         except Exception as e:
             self._fail(e)
+
+    def _synced(self, error: BaseException | None) -> None:
+        """Something is durable now: acknowledge, commit, apply, without waiting for a turn."""
+        if error is not None:
+            self._fail(error)
+        else:
+            self._run()
 
     def _look_around(self, core: SafeSyncObj) -> None:
         """After a turn: news of roles, the leader's own chores."""
@@ -384,6 +401,8 @@ class Replica:
         if self._stopped:
             return
         self._known_members = self.machine.members()
+        if self._core is not None:
+            self._core.set_members(self._known_members)
         for name, uuid in self._known_members.items():
             if name != self.config.name and self._identity.peers.get(name) != uuid:
                 self._identity.learn(name, uuid)
@@ -448,7 +467,7 @@ class Replica:
         while not self._stopped:
             await asyncio.sleep(0.2)
             many = self.machine.dirty() >= self.config.checkpoint_rows
-            large = self._journal.bytes_kept > 2 * self.config.tail_bytes
+            large = self._journal.bytes_kept > self.config.memory_bytes
             old = time.monotonic() - last > self.config.checkpoint_every_s
             if many or large or old:
                 await self._checkpoint()
@@ -459,14 +478,25 @@ class Replica:
             try:
                 if not self.machine.freeze():
                     return
+                await self._until_durable(self.machine.applied[0])
                 await asyncio.to_thread(self.machine.write_frozen)
                 self.machine.thaw()
                 index = self.machine.checkpointed[0]
-                self._journal.compact(index, self.config.tail_entries, self.config.tail_bytes)
+                needed = self._journal.compact(
+                    index, self.config.tail_entries, self.config.tail_bytes
+                )
+                await asyncio.to_thread(self._journal.unlink_before, needed)
             except asyncio.CancelledError:
                 raise
             except Exception as e:
                 self._fail(e)
+
+    async def _until_durable(self, index: int) -> None:
+        """A checkpoint must not be ahead of the journal: entries may be committed by the others'
+        disks, and applied, before they are on this one.
+        """
+        while self._journal.durable_index < index:
+            await asyncio.sleep(_TICK_S)
 
     def _offer_snapshot(self, node: Node) -> None:
         if self.machine.checkpointed[0]:  # else there is nothing to copy until the first checkpoint

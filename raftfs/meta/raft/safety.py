@@ -10,18 +10,17 @@ No method here awaits or blocks except for the journal's fdatasync. Time is
 `pysyncobj.syncobj.monotonicTime`, chance `pysyncobj.syncobj.random` (the simulator replaces both).
 """
 
-import hashlib
+from collections import deque
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-import pysyncobj
 import structlog
 from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf, syncobj
-from pysyncobj.journal import Journal
 from pysyncobj.node import Node
 
-from raftfs.errors import NotLeader, OutcomeUnknown, UserError, invariant
+from raftfs.errors import NotLeader, OutcomeUnknown, invariant
+from raftfs.meta.raft.audited import check_pysyncobj
+from raftfs.meta.raft.configurations import Configurations, Members
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.messages import (
     Ack,
@@ -37,52 +36,9 @@ from raftfs.meta.raft.messages import (
 log = structlog.get_logger("raftfs.raft")
 
 FOLLOWER, CANDIDATE, LEADER = 0, 1, 2
-REGULAR, NO_OP = b"\x00", b"\x01"
+REGULAR, NO_OP, MEMBERSHIP = b"\x00", b"\x01", b"\x02"  # the first byte of an entry
 APPEND_BYTES = 1 << 20  # per message; a batch entry is at most about this
 WINDOW_ENTRIES = 2_000  # sent but not acknowledged, per follower
-
-# The sources that were read line by line; another version may have moved what is overridden.
-_AUDITED = {
-    "syncobj.py": "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1cfe4",
-    "journal.py": "9cf1eaf6acc704581a4cf7d3de330a404403913107adc91c929778b7e3f35edf",
-    "transport.py": "0c9d89f9c4781ec9772df8011d7975a1a4a1a5f541357e12eae85a813e92b50b",
-    "serializer.py": "4d39fde2f15000ad8f507ec229ebd4f6a86371b6f84d4dc1439a9cccd52857ee",
-}
-
-
-def check_pysyncobj() -> None:
-    """UserError unless the installed pysyncobj is the audited one."""
-    folder = Path(pysyncobj.__file__).parent
-    for name, digest in _AUDITED.items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-            raise UserError(
-                f"pysyncobj's {name} is not that of 0.3.17, for which raftfs' safety overrides are "
-                "written: install pysyncobj==0.3.17"
-            )
-
-
-class _NoPoller:
-    """pysyncobj's poller seam: the event loop owns the sockets."""
-
-    def subscribe(self, *_: Any) -> None:
-        """Nothing."""
-
-    def unsubscribe(self, *_: Any) -> None:
-        """Nothing."""
-
-    def poll(self, timeout: float) -> None:
-        """Nothing."""
-
-
-def _hook_pysyncobj() -> None:
-    """Let it take our journal object, and keep it from making a poller or a pipe."""
-    original = syncobj.createJournal
-    syncobj.createJournal = lambda j: j if isinstance(j, Journal) else original(j)
-    syncobj.createPoller = lambda kind: _NoPoller()
-    syncobj.PIPE_NOTIFIER_ENABLED = False
-
-
-_hook_pysyncobj()
 
 
 def _private(name: str) -> Any:
@@ -105,6 +61,15 @@ class Timings:
     high_s = 0.6
     heartbeat_s = 0.05
     fallback_s = 0.6  # a leader that hears no majority for so long steps down
+
+
+class _WaitingAck(NamedTuple):
+    """An acknowledgement that may go when the journal is durable up to `mark`."""
+
+    mark: int
+    since: float
+    node: Node
+    ack: Ack
 
 
 class SafeSyncObj(SyncObj):  # type: ignore[misc]
@@ -137,22 +102,27 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         apply: Callable[[int, int, bytes], Any],
         send_snapshot: Callable[[Node], None],
         applied: int = 1,
+        members: Members | None = None,
+        read_change: Callable[[bytes, Members], Members] | None = None,
     ) -> None:
         """`me` None: a learner. `apply(index, term, command)` raises only to stop the node.
 
         `send_snapshot(node)` is called each heartbeat for a node that needs one. `applied`: the
-        index up to which the state machine is already.
+        index up to which the state machine is already, `members` the voters that it names there.
+        `read_change(command, members)`: the voters after a command of kind MEMBERSHIP.
         """
         check_pysyncobj()
         self._apply = apply
         self._send_snapshot = send_snapshot
-        self._acks: list[tuple[Node, Ack]] = []
+        self._read_change = read_change or (lambda command, members: members)
+        self._acks: deque[_WaitingAck] = deque()
+        self._reassured_at = 0.0
         self._round = 0  # numbers the leader's appends; acknowledgements name the round
         self._acked_round: dict[Node, int] = {}
         self._reset_round: dict[Node, int] = {}
-        self._votes: set[Node] = set()
+        self._votes: set[str] = set()
         self._pre_term = 0
-        self._pre_votes: set[Node] = set()
+        self._pre_votes: set[str] = set()
         self._campaign = False  # pre-vote won, or the leader asked for an election
         self._transferring = False
         self._leader_heard = float("-inf")
@@ -170,36 +140,122 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         self._transport_ = transport
         self.last_applied = self.commit_index = applied
         self.is_learner = me is None
+        self.configurations = Configurations(
+            members or dict.fromkeys([*others, *([me] if me else [])], b"")
+        )
+        for command, index, _ in journal[:]:
+            if index > applied:
+                self._note_change(command, index)
 
-    # --- durability: nothing is told, counted or applied before it is on the disk
+    # --- time passes
 
     def tick(self) -> None:
-        """One round of pysyncobj's work, behind the barrier."""
+        """One round of work, for owners that let the journal block: sync, then `step`."""
+        self.journal.sync()
+        self.step()
+
+    def step(self) -> None:
+        """One round of work, with what is durable by now."""
         self._onTick(0.0)
 
     def _onTick(self, timeToWait: float = 0.0) -> None:  # noqa: N802, N803
-        self.settle()
-        super()._onTick(0.0)
+        self._settle()
+        now = syncobj.monotonicTime()
+        if self.state == LEADER:
+            self._advance_commit()
+            self._check_quorum(now)
+        elif not self.is_learner and self.election_deadline < now:
+            self._stand(now)
+        self._SyncObj__applyLogEntries()
+        if self.state == LEADER and now > self.heartbeat_due:
+            self._SyncObj__sendAppendEntries()
         self._transferring = self._transferring and self._campaign
         self._answer_reads()
 
-    def settle(self) -> None:
-        """Make the journal durable, then let the acknowledgements go that say so."""
-        self.journal.sync()
-        acks, self._acks = self._acks, []
-        for node, ack in acks:
-            self._transport_.send(node, ack)
+    # --- durability: nothing is acknowledged before it is on the disk
+
+    def _settle(self) -> None:
+        """Let those acknowledgements go that have become true."""
+        self.journal.settle()
+        while self._acks and self._acks[0].mark <= self.journal.durable:
+            waiting = self._acks.popleft()
+            self._transport_.send(waiting.node, waiting.ack)
+        self._reassure()
+
+    def _reassure(self) -> None:
+        """With a slow disk: answer that this node follows, though nothing of its log. Else the
+        leader would take it for dead.
+        """
+        now = syncobj.monotonicTime()
+        if not self._acks:
+            return
+        silent_s = now - max(self._acks[0].since, self._reassured_at)
+        if silent_s < Timings.heartbeat_s:
+            return
+        self._reassured_at = now
+        last = self._acks[-1]
+        if last.ack.term == self.term:
+            self._transport_.send(last.node, Ack(self.term, last.ack.seq, 0, False, False))
 
     def _SyncObj__onBecomeLeader(self) -> None:  # noqa: N802
         self._acked_round.clear()
         self._reset_round.clear()
         super()._SyncObj__onBecomeLeader()
-        self.journal.sync()  # a single node would commit its no-op within this tick
+
+    def _advance_commit(self) -> None:
+        """What a majority has on its disks is committed, if it is of this term (Raft 5.4.2).
+
+        This node counts itself with what is on its own disk; that may be behind the others'.
+        """
+        have = {n.id: i for n, i in self.match_index.items()}
+        have[self.selfNode.id] = self.journal.durable_index
+        index = min(self.configurations.reached(have), self.journal.last_index)
+        if index > self.commit_index and self.journal.term_at(index) == self.term:
+            self.commit_index = index
+
+    def _check_quorum(self, now: float) -> None:
+        """A leader that hears no majority steps down: somebody else may lead by now."""
+        limit = now - Timings.fallback_s
+        heard = {n.id for n, at in self.last_response.items() if at > limit}
+        if not self.configurations.agree({*heard, self.selfNode.id}):
+            self._step_down(self.term)
+
+    # --- membership
+
+    def _add(self, command: bytes, index: int, term: int) -> None:
+        self.journal.add(command, index, term)
+        self._note_change(command, index)
+
+    def _note_change(self, command: bytes, index: int) -> None:
+        if command[:1] == MEMBERSHIP:
+            before = self.configurations.latest
+            self.configurations.propose(index, self._read_change(command[1:], before))
+
+    def set_members(self, members: Members) -> None:
+        """The applied state names these voters (name -> identity) from now on."""
+        self.configurations.apply(self.last_applied, members)
+        me = self.selfNode
+        voters = {Node(name) for name in members if me is None or name != me.id}
+        for gone in self.voters - voters:
+            for known in (self.match_index, self.next_index, self.last_response):
+                known.pop(gone, None)
+        for new in voters - self.voters:
+            self.next_index[new], self.match_index[new] = self.journal.last_index + 1, 0
+            self.last_response[new] = syncobj.monotonicTime()
+        self.voters = voters
+
+    def change_members(self, command: bytes, done: Callable[[Any, Exception | None], None]) -> None:
+        """As `propose`, for a command that changes who votes. One at a time. NotLeader."""
+        invariant(not self.configurations.changing, "two changes of the membership at a time")
+        self._propose(MEMBERSHIP + command, done)
 
     # --- proposals and reads
 
     def propose(self, command: bytes, done: Callable[[Any, Exception | None], None]) -> None:
         """Append to the log. `done(result, error)` is called once: applied, or OutcomeUnknown."""
+        self._propose(REGULAR + command, done)
+
+    def _propose(self, entry: bytes, done: Callable[[Any, Exception | None], None]) -> None:
         if self.state != LEADER:
             raise NotLeader
 
@@ -207,8 +263,9 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             unknown = None if reason == FAIL_REASON.SUCCESS else OutcomeUnknown()
             done(result, unknown)
 
-        self._applyCommand(command, callback, REGULAR[0])
-        self._checkCommandsToApply()
+        index = self.journal.last_index + 1
+        self._add(entry, index, self.term)
+        self.waiting_commit[index].append((self.term, callback))
 
     def replicate(self) -> None:
         """Send what is new now, before it is durable here: followers write it meanwhile."""
@@ -234,9 +291,9 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
     def _answer_reads(self) -> None:
         if not self._reads:
             return
-        rounds = sorted((self._acked_round.get(n, 0) for n in self.voters), reverse=True)
-        needed = len(self.voters) // 2 + len(self.voters) % 2  # others that make a majority with us
-        confirmed = rounds[needed - 1] if needed else self._round + 1
+        rounds = {n.id: r for n, r in self._acked_round.items()}
+        rounds[self.selfNode.id] = self._round + 1
+        confirmed = self.configurations.reached(rounds)
         rest = []
         for read in self._reads:
             if read[0] <= confirmed and read[1] <= self.last_applied:
@@ -289,8 +346,9 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
                 if index <= last:
                     invariant(index > self.commit_index, "a committed entry would be cut")
                     self.journal.deleteEntriesFrom(index - self.journal.first_index)
+                    self.configurations.cut(index)
                 for entry in entries[at:]:
-                    self.journal.add(*entry)
+                    self._add(*entry)
                 return
 
     def _retreat(self, prev: int) -> int:
@@ -307,7 +365,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
     def _ack(
         self, node: Node, seq: int, next_index: int, *, matched: bool = False, reset: bool = False
     ) -> None:
-        self._acks.append((node, Ack(self.term, seq, next_index, matched, reset)))
+        ack = Ack(self.term, seq, next_index, matched, reset)
+        self._acks.append(_WaitingAck(self.journal.mark, syncobj.monotonicTime(), node, ack))
 
     def _follow(self, node: Node, term: int) -> None:
         """A leader of this or a higher term has spoken."""
@@ -370,8 +429,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         now = syncobj.monotonicTime()
         if self.state == LEADER:
             limit = now - Timings.low_s
-            heard = sum(self.last_response.get(n, limit) > limit for n in self.voters)
-            return bool(2 * (heard + 1) > len(self.voters) + 1)
+            heard = {n.id for n, at in self.last_response.items() if at > limit}
+            return self.configurations.agree({*heard, self.selfNode.id})
         return bool(self.leader_node is not None and now - self._leader_heard < Timings.low_s)
 
     def _on_vote(self, node: Node, m: Vote) -> None:
@@ -391,8 +450,11 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
     def _on_vote_given(self, node: Node, m: VoteGiven) -> None:
         if self.state != CANDIDATE or m.term != self.term:
             return
-        self._votes.add(node)
-        if 2 * (len(self._votes & self.voters) + 1) > len(self.voters) + 1:
+        self._votes.add(node.id)
+        self._count_votes()
+
+    def _count_votes(self) -> None:
+        if self.configurations.agree(self._votes):
             self._SyncObj__onBecomeLeader()
 
     def _on_pre_vote(self, node: Node, m: PreVote) -> None:
@@ -408,8 +470,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         if m.current > self.term and self.state != LEADER:
             self._step_down(m.current)
         elif m.granted and m.term == self._pre_term == self.term + 1 and self.state != LEADER:
-            self._pre_votes.add(node)
-            if 2 * (len(self._pre_votes & self.voters) + 1) > len(self.voters) + 1:
+            self._pre_votes.add(node.id)
+            if self.configurations.agree(self._pre_votes):
                 self._campaign = True
                 self.election_deadline = 0.0
 
@@ -418,33 +480,39 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             self._campaign = self._transferring = True
             self.election_deadline = 0.0
 
-    def _SyncObj__connectedToAnyone(self) -> bool:  # noqa: N802
-        """Asked only when the election timeout has passed: the place for the pre-vote.
+    def _stand(self, now: float) -> None:
+        """The election timeout has passed: first ask, and campaign only if a majority would agree.
 
         A node that cannot win (cut off, or behind) so never raises the term of a working cluster.
         """
-        if not self.voters or self._campaign:
-            self._campaign = False
-            self._votes.clear()
-            return True
-        if not self.connected & self.voters:
-            return False
-        now = syncobj.monotonicTime()
-        self.election_deadline = now + self._SyncObj__generateRaftTimeout() / 2
-        self._pre_term, self._pre_votes = self.term + 1, set()
-        question = PreVote(self._pre_term, self.journal[-1][1], self.journal[-1][2])
-        for node in self.voters:
-            self._transport_.send(node, question)
-        return False
+        self.election_deadline = now + self._SyncObj__generateRaftTimeout()
+        mine = self.selfNode.id
+        if self._campaign or self.configurations.agree({mine}):
+            self._elect(mine)
+        elif self.connected & self.voters:
+            self.election_deadline = now + self._SyncObj__generateRaftTimeout() / 2
+            self._pre_term, self._pre_votes = self.term + 1, {mine}
+            question = PreVote(self._pre_term, self.journal[-1][1], self.journal[-1][2])
+            for node in self.voters:
+                self._transport_.send(node, question)
 
-    def vote_request(self) -> Vote:
-        """What the transport sends where pysyncobj asks for votes in its own form."""
+    def _elect(self, mine: str) -> None:
+        self._campaign = False
+        self.leader_node = None
+        self._SyncObj__setState(CANDIDATE)
+        self._SyncObj__setCurrentTerm(self.term + 1, mine)
+        self._votes = {mine}
         last = self.journal[-1]
-        return Vote(self.term, last[1], last[2], self._transferring)
+        request = Vote(self.term, last[1], last[2], self._transferring)
+        for node in self.voters:
+            self._transport_.send(node, request)
+        self._count_votes()
 
-    def hand_over(self) -> Node | None:
-        """Leader: ask the most advanced follower to take over; gives it, None if there is none."""
-        able = [n for n in self.voters if n in self.connected]
+    def hand_over(self, to: str = "") -> Node | None:
+        """Leader: ask a follower (the most advanced one, or `to`) to take over; gives it, None if
+        there is none.
+        """
+        able = [n for n in self.voters if n in self.connected and to in ("", n.id)]
         if self.state != LEADER or not able:
             return None
         best = max(able, key=lambda n: self.match_index.get(n, 0))
@@ -460,7 +528,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         for node in self.voters | self.learners:
             if node not in self.connected or node not in self.next_index:
                 continue
-            if self.next_index[node] <= self.journal.first_index:
+            if self.next_index[node] <= self.journal.oldest_index:
                 self._transport_.send(node, Contact(self.term, self._round))
                 self._send_snapshot(node)
             else:
@@ -538,7 +606,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         done = []
         for command, index, term in self._to_apply():
             invariant(index == self.last_applied + 1, "gap while applying")
-            data = command[1:] if command[:1] == REGULAR else b""
+            data = b"" if command[:1] == NO_OP else command[1:]
             result = self._apply(index, term, data)
             self.last_applied = index
             for asked_term, callback in self.waiting_commit.pop(index, ()):

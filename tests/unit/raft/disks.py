@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from raftfs.meta.raft.journal import Files
+from raftfs.meta.raft.segments import Files
 
 
 class PowerCut(Exception):
@@ -32,6 +32,10 @@ class FakeFiles(Files):
     def read(self, path: Path) -> bytes:
         """Content."""
         return bytes(self.content[path.name])
+
+    def read_at(self, path: Path, offset: int, length: int) -> bytes:
+        """A part of it."""
+        return bytes(self.content[path.name][offset : offset + length])
 
     def create(self, path: Path, size: int) -> Any:
         """Zeros, durable; the name is not yet."""

@@ -1,0 +1,77 @@
+"""Who votes: the voters of the applied state, and of each change that is still on its way.
+
+Raft is safe under changes of its membership if no two majorities that may decide anything at the
+same time are disjoint. The rule here is the simplest that gives this whatever the change (one
+added, one removed, one replaced): between the moment when a change enters a node's log and the
+moment when the node applies it, that node needs a majority of the voters *before* and one of those
+*after*, for elections, commits, reads and leadership alike.
+
+Why it is safe: an entry with change k is committed by majorities before and after it. Whoever is
+elected has it in its log (its voters overlap with those of the commit before the change) and so
+needs a majority after it, too; that overlaps with every majority of whoever has applied it. Raft's
+own rule (the latest change in the log counts alone) needs single steps; this one does not, and a
+replacement, one out and one in at once, is none. `docs/decisions/003` has the whole argument.
+"""
+
+from raftfs.errors import invariant
+
+# The voters: name -> identity; b"" as long as the cluster was not founded.
+Members = dict[str, bytes]
+
+
+class Configurations:
+    """Counts majorities. Nodes are named as on the links: a voter of the applied state by its name,
+    one that is to become a voter as `name#identity`.
+    """
+
+    def __init__(self, applied: Members) -> None:
+        self._applied = applied
+        self._coming: list[tuple[int, Members]] = []
+
+    @property
+    def changing(self) -> bool:
+        """A change is in the log and not applied."""
+        return bool(self._coming)
+
+    @property
+    def latest(self) -> Members:
+        """The voters after everything in the log."""
+        return self._coming[-1][1] if self._coming else self._applied
+
+    def propose(self, index: int, members: Members) -> None:
+        """A change came into the log."""
+        invariant(len(members) > 0, "a cluster without voters")
+        self._coming.append((index, members))
+
+    def cut(self, index: int) -> None:
+        """The log was cut from `index` on."""
+        self._coming = [c for c in self._coming if c[0] < index]
+
+    def apply(self, index: int, members: Members) -> None:
+        """These are the voters of the state after entry `index`."""
+        self._applied = members
+        self._coming = [c for c in self._coming if c[0] > index]
+
+    def agree(self, nodes: set[str]) -> bool:
+        """Whether these nodes are a majority of each configuration."""
+        return all(2 * len(c & nodes) > len(c) for c in self._all())
+
+    def reached(self, numbers: dict[str, int]) -> int:
+        """The highest number that a majority of each configuration has reached."""
+        return min(self._reached(c, numbers) for c in self._all())
+
+    def _reached(self, voters: set[str], numbers: dict[str, int]) -> int:
+        ordered = sorted((numbers.get(v, 0) for v in voters), reverse=True)
+        return ordered[len(ordered) // 2]
+
+    def _all(self) -> list[set[str]]:
+        return [self._nodes(m) for m in (self._applied, *(m for _, m in self._coming))]
+
+    def _nodes(self, members: Members) -> set[str]:
+        return {self._node(name, identity) for name, identity in members.items()}
+
+    def _node(self, name: str, identity: bytes) -> str:
+        known = self._applied.get(name)
+        if known is not None and known in (identity, b""):
+            return name
+        return f"{name}#{identity.hex()}"
