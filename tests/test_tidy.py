@@ -28,7 +28,9 @@ MAY_IMPORT = {
 }
 # Inside meta, from the bottom up; a module may import what stands before or with it.
 META_ORDER = ["state", "plan", "store", "raft", "services", "master"]
-SERVICES = {"proposer", "sessions", "chunkhub", "grants", "healer", "goals", "service"}
+SERVICES = {
+    "proposer", "sessions", "chunkhub", "grants", "healer", "goals", "membership", "service",
+}  # fmt: skip
 # Third parties and the only places that may know them.
 ROOMS = {
     "pysyncobj": ["raftfs/meta/raft/"],

@@ -34,9 +34,13 @@ def parser() -> argparse.ArgumentParser:
                    help="mfsexports.cfg (default: everybody may mount read-write)")
     p.add_argument("--listen", default="0.0.0.0", metavar="ADDRESS",
                    help="address of the chunkservers' and clients' ports (default: %(default)s)")
-    p.add_argument("--replace", action="store_true",
-                   help="this replica lost its data: join with a new identity as a learner, "
-                   "and vote again once it has caught up")
+    joining = p.add_mutually_exclusive_group()
+    joining.add_argument("--replace", action="store_true",
+                         help="this replica lost its data: join with a new identity as a learner, "
+                         "and vote again once it has caught up")
+    joining.add_argument("--join", action="store_true",
+                         help="a new replica: come as a learner, and vote after `raftfs member "
+                         "add`")
     healing = HealingConfig()
     p.add_argument("--disconnect-delay", type=float, default=healing.disconnect_delay_s,
                    metavar="S", help="seconds to wait for a lost chunkserver before chunks with "
@@ -62,7 +66,8 @@ def configure(args: argparse.Namespace) -> MasterConfig:
         disconnect_delay_s=args.disconnect_delay, orphan_delay_s=args.orphan_delay
     )
     return MasterConfig(
-        name, peers, args.data, args.listen, args.replace, tuple(lines), healing
+        name, peers, args.data, args.listen, args.replace or args.join, tuple(lines),
+        healing,
     )
 
 

@@ -11,8 +11,11 @@ from raftfs.errors import UserError
 # command -> (module in raftfs.cli, one line)
 COMMANDS = {
     "cluster": ("cluster", "a whole cluster on this machine"),
+    "member": ("member", "the masters: list, add, remove, replace"),
+    "leader": ("member", "who leads, and handing it over"),
     "status": ("status", "who leads, what is connected, how healthy it is"),
     "bench": ("bench", "measure a mounted tree beside the local disk"),
+    "bench-core": ("benchcore", "measure three replicas without anything around them"),
     "keygen": ("", "write a new cluster key to a file"),
     "getgoal": ("mfsgetgoal", "show goals (mfsgetgoal)"),
     "setgoal": ("mfssetgoal", "change goals (mfssetgoal)"),
@@ -44,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = importlib.import_module(f"raftfs.cli.{COMMANDS[name][0]}")
     try:
-        status = int(module.main(rest))
+        run = module.main_leader if name == "leader" else module.main
+        status = int(run(rest))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,12 +7,10 @@ systems want it: 0 OK, 1 WARN, 2 ERR.
 import argparse
 import json
 import sys
-from pathlib import Path
-from typing import Any
 
 from raftfs import log as logging_setup
 from raftfs.cli.monitor.web import status_object
-from raftfs.cli.target import TargetError, find
+from raftfs.cli.target import default_masters
 from raftfs.client.meta import connect_tool, parse_masters
 from raftfs.errors import UserError
 from raftfs.units import format_size
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging_setup.setup("raftfs-status", level="error")
     try:
-        masters = args.masters or _masters(args.path)
+        masters = args.masters or default_masters(args.path)
         with connect_tool(parse_masters(masters), timeout_s=5.0) as client:
             answers = client.ask_each(m.AskStatus())
     except UserError as e:
@@ -55,19 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print("\n".join(_lines(views, word, reasons)))
     return _EXIT[word]
-
-
-def _masters(path: str | None) -> str:
-    local = Path(".raftfs/cluster.json")
-    if path is None and local.exists():
-        nodes: list[dict[str, Any]] = json.loads(local.read_text())["nodes"]
-        return ",".join(
-            f"127.0.0.1:{n['ports']['clients']}" for n in nodes if n["role"] == "master"
-        )
-    try:
-        return find(path or ".").masters
-    except TargetError as e:
-        raise UserError(f"{path or 'the current folder'}: {e}; give a path or -H") from None
 
 
 def judge(views: dict[str, m.ReplicaStatus | None]) -> tuple[str, list[str]]:

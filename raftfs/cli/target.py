@@ -4,14 +4,16 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from raftfs import log as logging_setup
 from raftfs.client.meta import ToolClient, connect_tool, parse_masters
 from raftfs.const import ROOT_INODE
-from raftfs.errors import RaftfsError, ReplyError
+from raftfs.errors import RaftfsError, ReplyError, UserError
 
 INFO_NAME = ".masterinfo"
+LOCAL_FOLDER = Path(".raftfs")  # where `make up` keeps a cluster
 
 
 class TargetError(RaftfsError):
@@ -47,6 +49,20 @@ def find(name: str) -> Target:
     if inode == ROOT_INODE:
         inode = info["root"]  # the mounted subfolder shows itself to the kernel as inode 1
     return Target(masters, session, inode)
+
+
+def default_masters(path: str | None) -> str:
+    """The masters to ask when none were named: those of a mount, or of the cluster in ./.raftfs."""
+    local = LOCAL_FOLDER / "cluster.json"
+    if path is None and local.exists():
+        nodes: list[dict[str, Any]] = json.loads(local.read_text())["nodes"]
+        return ",".join(
+            f"127.0.0.1:{n['ports']['clients']}" for n in nodes if n["role"] == "master"
+        )
+    try:
+        return find(path or ".").masters
+    except TargetError as e:
+        raise UserError(f"{path or 'the current folder'}: {e}; give a path or -H") from None
 
 
 def _mount_root(path: str, device: int) -> str:

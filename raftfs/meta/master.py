@@ -39,7 +39,7 @@ class MasterConfig(NamedTuple):
     peers: tuple[str, ...]
     data_dir: Path
     listen: str = "0.0.0.0"
-    replace: bool = False
+    join: bool = False
     export_lines: tuple[exports.ExportLine, ...] = ()
     healing: HealingConfig = HealingConfig()
 
@@ -69,7 +69,7 @@ class Master:
         self.replica = Replica(
             ReplicaConfig(
                 name=config.name, peers=config.peers, data_dir=config.data_dir,
-                replace=config.replace,
+                join=config.join,
             ),
             self.store,
             key,
@@ -84,7 +84,7 @@ class Master:
         self.healer = Healer(self.store, self.hub, self.grants, self.proposer, config.healing)
         self.service = ClientService(
             self.store, self.replica, self.proposer, self.grants, self.healer,
-            list(config.export_lines), self.status, self.hub.space,
+            list(config.export_lines), self.status, self.hub.space, key,
         )  # fmt: skip
         self._servers: list[rpc.Server] = []
         self._tasks: list[asyncio.Task[None]] = []

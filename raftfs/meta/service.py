@@ -5,6 +5,7 @@ by the leader only, reads after a read barrier, mutations when they are committe
 """
 
 import errno
+import hmac
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -18,6 +19,7 @@ from raftfs.errors import NotLeader, RaftfsError, ReplyError, Status
 from raftfs.meta.goals import Goals
 from raftfs.meta.grants import Grants
 from raftfs.meta.healer import Healer
+from raftfs.meta.membership import Membership
 from raftfs.meta.proposer import Proposer
 from raftfs.meta.raft.replica import Replica
 from raftfs.meta.sessions import ClientContext, Presence, same_secret
@@ -25,6 +27,7 @@ from raftfs.meta.state import read
 from raftfs.meta.state.model import Rows
 from raftfs.wire import messages as m
 from raftfs.wire import ops
+from raftfs.wire.auth import ClusterKey
 from raftfs.wire.frame import encode
 from raftfs.wire.rpc import Link
 
@@ -32,7 +35,10 @@ log = structlog.get_logger("raftfs.service")
 
 FILE_CHUNKS_MAX = 1_000
 READDIR_MAX = 4_000
-_TOOL_REQUESTS = (m.GetGoal, m.SetGoalTree, m.FileChunks, m.GetAttr, m.Lookup, m.StatFs, m.ReadDir)
+_TOOL_REQUESTS = (
+    m.GetGoal, m.SetGoalTree, m.FileChunks, m.GetAttr, m.Lookup, m.StatFs, m.ReadDir,
+    m.ListMembers, m.Admin,
+)  # fmt: skip
 
 
 class ClientService:
@@ -48,6 +54,7 @@ class ClientService:
         export_lines: list[exports.ExportLine],
         status: Callable[[], m.ReplicaStatus],
         fs_space: Callable[[], tuple[int, int]],
+        key: ClusterKey,
     ) -> None:
         self._rows = rows
         self._replica = replica
@@ -58,6 +65,8 @@ class ClientService:
         self._status = status
         self._fs_space = fs_space
         self._goals = Goals(rows, replica, proposer, healer)
+        self._membership = Membership(replica)
+        self._key = key
         self._challenges: dict[Link, bytes] = {}
         self._links: set[Link] = set()
         self.presence = Presence()
@@ -75,6 +84,7 @@ class ClientService:
             m.ReadChunk: lambda link, a: self._grants.locate(a.inode, a.index, link.peer[0]),
             m.StatFs: self._stat_fs,
             m.FileChunks: self._file_chunks,
+            m.ListMembers: lambda link, a: self._membership.list(),
         }
         self._writes: dict[type, Callable[[Link, Any], Awaitable[Any]]] = {
             m.Mutate: self._mutate,
@@ -82,6 +92,7 @@ class ClientService:
             m.GetGoal: lambda link, a: self._goals.table(a),
             m.SetGoalTree: lambda link, a: self._goals.set_tree(a),
             m.EndMySession: self._end_session,
+            m.Admin: self._admin,
         }
 
     # --- links
@@ -243,6 +254,24 @@ class ClientService:
                 await self._grants.settle(row)
             except ReplyError as e:
                 log.warning("chunk not settled yet", chunk=f"{chunk_id:016X}", reason=str(e))
+
+    # --- administration
+
+    async def _admin(self, link: Link, ask: m.Admin) -> str:
+        challenge = self._challenges.pop(link, b"")
+        if not challenge:  # it was given by another leader
+            raise ReplyError(errno.EAGAIN)
+        proof = self._key.derive(b"admin", challenge, encode(ask.action))
+        if not hmac.compare_digest(proof, ask.proof):
+            log.warning("administration refused", peer=link.peer[0])
+            raise RaftfsError("the cluster key does not match: give the masters' own with --key")
+        log.info("administration", action=type(ask.action).__name__, name=ask.action.name,
+                 peer=link.peer[0])  # fmt: skip
+        if isinstance(ask.action, m.AddMember):
+            return await self._membership.add(ask.action.name)
+        if isinstance(ask.action, m.RemoveMember):
+            return await self._membership.remove(ask.action.name)
+        return await self._membership.transfer(ask.action.name)
 
     # --- reads
 

@@ -240,6 +240,52 @@ class ReplicaStatus(Record):
     missing: int
 
 
+class ListMembers(Tagged, tag=18):
+    """-> list[MemberStatus], as the leader knows them."""
+
+
+class MemberStatus(Record):
+    """A master, or one that waits to become one (`role` joining)."""
+
+    name: str
+    uuid: bytes
+    role: str  # leader | voter | joining
+    connected: bool
+    behind: int  # entries of the log that it is not known to have
+
+
+class AddMember(Tagged, tag=1):
+    """`name`, which has joined and caught up, votes from now on."""
+
+    name: str
+
+
+class RemoveMember(Tagged, tag=2):
+    """`name` votes no more."""
+
+    name: str
+
+
+class TransferLeader(Tagged, tag=3):
+    """`name` leads from now on; "": the most advanced follower."""
+
+    name: str
+
+
+AdminAction = AddMember | RemoveMember | TransferLeader
+
+
+class Admin(Tagged, tag=19):
+    """An action that only who knows the cluster key may ask for. -> str, what was done.
+
+    `proof` is the key's derive("admin", challenge, MessagePack of `action`), `challenge` being what
+    `Challenge` answered last on this link.
+    """
+
+    proof: bytes
+    action: AdminAction
+
+
 class EndMySession(Tagged, tag=16):
     """Orderly unmount: -> None."""
 
@@ -251,7 +297,7 @@ class Keepalive(Tagged, tag=17):
 ClientRequest = (
     WhoLeads | Challenge | Register | Mutate | Lookup | GetAttr | ReadLink | ReadDir
     | ReadChunk | WriteChunk | StatFs | GetGoal | SetGoalTree | FileChunks | AskStatus
-    | EndMySession | Keepalive
+    | EndMySession | Keepalive | ListMembers | Admin
 )  # fmt: skip
 
 

@@ -306,6 +306,19 @@ class ReplaceMember(Tagged, tag=22):
     uuid: bytes
 
 
+class AddMember(Tagged, tag=23):
+    """The caught-up learner of identity `uuid` votes as a new master `name`. -> None."""
+
+    name: str
+    uuid: bytes
+
+
+class RemoveMember(Tagged, tag=24):
+    """Master `name` votes no more. -> None."""
+
+    name: str
+
+
 class Digest(Tagged, tag=21):
     """The leader's digest of the state before this entry; whoever differs stops. -> None."""
 
@@ -315,8 +328,11 @@ class Digest(Tagged, tag=21):
 Op = (
     Create | Symlink | Link | Unlink | Rmdir | Rename | SetAttr | Length | Acquire | Release
     | GrantWrite | SetVersion | CommitWrite | Unlock | DropCopy | ForgetChunk | SetGoal
-    | NewSession | EndSession | Found | Digest | ReplaceMember
+    | NewSession | EndSession | Found | Digest | ReplaceMember | AddMember | RemoveMember
 )  # fmt: skip
+
+# What changes who votes: the log treats entries with these differently.
+MembershipOp = ReplaceMember | AddMember | RemoveMember
 
 # What a client may send; the rest is the leader's own.
 CLIENT_OPS = (

@@ -20,8 +20,8 @@ Members = dict[str, bytes]
 
 
 class Configurations:
-    """Counts majorities. Nodes are named as on the links: a voter of the applied state by its name,
-    one that is to become a voter as `name#identity`.
+    """Counts majorities. Nodes are named as on the links: a voter by its name, a learner (which may
+    be about to become a voter) as `name#identity`.
     """
 
     def __init__(self, applied: Members) -> None:
@@ -54,24 +54,50 @@ class Configurations:
 
     def agree(self, nodes: set[str]) -> bool:
         """Whether these nodes are a majority of each configuration."""
-        return all(2 * len(c & nodes) > len(c) for c in self._all())
+        there = {self._voter(node) for node in nodes}
+        return all(2 * len(c & there) > len(c) for c in self._all())
 
     def reached(self, numbers: dict[str, int]) -> int:
         """The highest number that a majority of each configuration has reached."""
-        return min(self._reached(c, numbers) for c in self._all())
+        by_voter: dict[str, int] = {}
+        for node, number in numbers.items():
+            voter = self._voter(node)
+            by_voter[voter] = max(number, by_voter.get(voter, 0))
+        return min(self._reached(c, by_voter) for c in self._all())
 
     def _reached(self, voters: set[str], numbers: dict[str, int]) -> int:
         ordered = sorted((numbers.get(v, 0) for v in voters), reverse=True)
         return ordered[len(ordered) // 2]
 
+    def may_vote(self, node: str) -> bool:
+        """Whether the node is a voter of some configuration: one that a change in the log names
+        must vote before it is applied, or the change could not survive its leader.
+        """
+        return any(self._voter(node) in c for c in self._all())
+
+    def electorate(self) -> set[str]:
+        """Every voter of every configuration, under each name by which it may be connected."""
+        found = set(self._applied)
+        for _, members in self._coming:
+            for name, identity in members.items():
+                if self._applied.get(name) not in (identity, b""):
+                    found |= {name, f"{name}#{identity.hex()}"}
+        return found
+
+    def _voter(self, node: str) -> str:
+        """A learner that a change makes a voter under a new name is already called so."""
+        name, _, identity = node.partition("#")
+        if identity and name not in self._applied:
+            named = any(m.get(name, b"").hex() == identity for _, m in self._coming)
+            return name if named else node
+        return node
+
     def _all(self) -> list[set[str]]:
-        return [self._nodes(m) for m in (self._applied, *(m for _, m in self._coming))]
+        return [self._names(m) for m in (self._applied, *(m for _, m in self._coming))]
 
-    def _nodes(self, members: Members) -> set[str]:
-        return {self._node(name, identity) for name, identity in members.items()}
-
-    def _node(self, name: str, identity: bytes) -> str:
-        known = self._applied.get(name)
-        if known is not None and known in (identity, b""):
-            return name
-        return f"{name}#{identity.hex()}"
+    def _names(self, members: Members) -> set[str]:
+        return {
+            name if self._applied.get(name, identity) in (identity, b"")
+            else f"{name}#{identity.hex()}"
+            for name, identity in members.items()
+        }  # fmt: skip

@@ -32,12 +32,13 @@ class Links(Transport):  # type: ignore[misc]
         me: PeerName,
         peers: list[str],
         key: ClusterKey,
-        refusal: Callable[[PeerName], str | None],
+        refusal: Callable[[PeerName], Refused | None],
         receive: Callable[[Node, Any], None],
-        refused: Callable[[str, str], None],
+        refused: Callable[[str, str, bool], None],
     ) -> None:
-        """`refusal(peer)` gives why a peer must stay out, or None. `refused(peer, reason)`: they
-        keep us out."""
+        """`refusal(peer)` gives why a peer must stay out, or None. `refused(peer, reason, removed)`
+        is called when they keep us out.
+        """
         super().__init__(None, None, [])
         self.me = me
         self._peers = peers
@@ -48,7 +49,7 @@ class Links(Transport):  # type: ignore[misc]
         self._links: dict[str, Link] = {}
         self._nodes: dict[str, Node] = {}
         self._server: rpc.Server | None = None
-        self._dialers: list[asyncio.Task[None]] = []
+        self._dialers: dict[str, asyncio.Task[None]] = {}
         self._told: set[tuple[str, bytes]] = set()
 
     # --- pysyncobj's seam
@@ -88,15 +89,26 @@ class Links(Transport):  # type: ignore[misc]
                     f"cannot listen on {self.me.name} (Raft): {e.strerror}; is another master "
                     "running, or is the address not this machine's?"
                 ) from None
-        for peer in self._peers:
-            if peer != self.me.name and (not self.me.voter or peer < self.me.name):
-                self._dialers.append(asyncio.ensure_future(self._dial(peer)))
+        self.set_peers(self._peers)
+
+    def set_peers(self, peers: list[str]) -> None:
+        """These are the masters from now on: others are hung up on, new ones dialed."""
+        self._peers = peers
+        for peer in peers:
+            mine = peer != self.me.name and (not self.me.voter or peer < self.me.name)
+            if mine and peer not in self._dialers:
+                self._dialers[peer] = asyncio.ensure_future(self._dial(peer))
+        for peer in set(self._dialers) - set(peers):
+            self._dialers.pop(peer).cancel()
+        for name, link in list(self._links.items()):
+            if "#" not in name and name not in peers:
+                self._refuse(link, PeerName.parse(link.name))
 
     async def stop(self) -> None:
         """Close everything."""
-        for task in self._dialers:
+        for task in self._dialers.values():
             task.cancel()
-        await asyncio.gather(*self._dialers, return_exceptions=True)
+        await asyncio.gather(*self._dialers.values(), return_exceptions=True)
         self._dialers.clear()
         if self._server is not None:
             await self._server.close()
@@ -106,6 +118,11 @@ class Links(Transport):  # type: ignore[misc]
     def connected(self) -> list[str]:
         """Names of the nodes that are connected."""
         return sorted(self._links)
+
+    def joining(self) -> dict[str, bytes]:
+        """Who is connected and wants to become a voter: name -> identity."""
+        peers = [PeerName.parse(link.name) for link in self._links.values()]
+        return {peer.name: peer.uuid for peer in peers if peer.joining}
 
     def announce(self) -> None:
         """Tell a newly made core of the nodes that are connected already."""
@@ -135,13 +152,7 @@ class Links(Transport):  # type: ignore[misc]
             log.warning("not a replica", peer=link.peer, name=link.name)
             link.close()
             return
-        reason = self._refusal(peer)
-        if reason is not None:
-            if (peer.name, peer.uuid) not in self._told:
-                self._told.add((peer.name, peer.uuid))
-                log.warning("replica refused", peer=peer.name, reason=reason)
-            link.notify(Refused(reason))
-            link.close()
+        if self._refuse(link, peer):
             return
         name = peer.name if peer.voter else f"{peer.name}#{peer.uuid.hex()}"
         old = self._links.get(name)
@@ -151,6 +162,20 @@ class Links(Transport):  # type: ignore[misc]
             old.close()
         self._nodes.setdefault(name, Node(name))
         self._up(name)
+
+    def _refuse(self, link: Link, peer: PeerName) -> bool:
+        """Hang up on a peer that must stay out, and say why. False if it is welcome."""
+        refused = self._refusal(peer)
+        if refused is None:
+            return False
+        if (peer.name, peer.uuid) not in self._told:
+            self._told.add((peer.name, peer.uuid))
+            tell = log.info if refused.removed else log.warning
+            tell("replica refused", peer=peer.name, reason=refused.reason)
+        link.notify(refused)
+        link.flush()
+        link.close()
+        return True
 
     def _up(self, name: str) -> None:
         if "#" in name:
@@ -172,7 +197,7 @@ class Links(Transport):  # type: ignore[misc]
 
     def _message(self, link: Link, message: Any) -> None:
         if isinstance(message, Refused):
-            self._refused(link.name.partition("|")[0], message.reason)
+            self._refused(link.name.partition("|")[0], message.reason, message.removed)
             return
         name = link.context
         if name is not None and self._links.get(name) is link:

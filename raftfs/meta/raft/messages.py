@@ -96,9 +96,12 @@ class SnapshotNext(Tagged, tag=10):
 
 
 class Refused(Tagged, tag=11):
-    """The other side must not take part; `reason` is a sentence for its operator."""
+    """The other side must not take part; `reason` is a sentence for its operator. `removed`: it was
+    a master, and is none any more.
+    """
 
     reason: str
+    removed: bool = False
 
 
 Message = (

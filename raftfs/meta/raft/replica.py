@@ -20,17 +20,28 @@ from typing import Any, NamedTuple, Protocol
 import structlog
 from pysyncobj.node import Node
 
-from raftfs.errors import NotLeader, RaftfsError, UserError
+from raftfs.errors import NotLeader, RaftfsError, ReplyError, Status, UserError
 from raftfs.meta.raft.identity import Identity
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.links import Links
-from raftfs.meta.raft.messages import PeerName, SnapshotNext, SnapshotPiece
+from raftfs.meta.raft.messages import PeerName, Refused, SnapshotNext, SnapshotPiece
 from raftfs.meta.raft.safety import LEADER, SafeSyncObj
 from raftfs.meta.raft.snapshot import SnapshotReceiver, SnapshotSender
 from raftfs.meta.raft.syncer import Syncer
 from raftfs.meta.state.apply import Applied
+from raftfs.meta.state.ops_admin import members_after
 from raftfs.wire.auth import ClusterKey
-from raftfs.wire.ops import Batch, Command, Digest, Found, Op, ReplaceMember, encode_batch
+from raftfs.wire.ops import (
+    Batch,
+    Command,
+    Digest,
+    Found,
+    MembershipOp,
+    Op,
+    ReplaceMember,
+    decode_batch,
+    encode_batch,
+)
 
 log = structlog.get_logger("raftfs.raft")
 
@@ -39,13 +50,16 @@ _HAND_OVER_S = 0.5
 
 
 class ReplicaConfig(NamedTuple):
-    """`name` and `peers` are `host:port`; `peers` contains `name` unless this is a learner."""
+    """`name` and `peers` are `host:port`; `peers` contains `name` unless this is a learner.
+
+    Once the cluster is founded its state names the masters; `peers` is then only where to begin.
+    """
 
     name: str
     peers: tuple[str, ...]
     data_dir: Path
     learner: bool = False
-    replace: bool = False
+    join: bool = False  # come as a learner, in a lost master's place or as a new one; vote later
     checkpoint_rows: int = 50_000  # overlay rows that make a checkpoint due
     checkpoint_every_s: float = 10.0
     tail_entries: int = 100_000  # kept on the disk behind the checkpoint for followers that lag
@@ -112,6 +126,7 @@ class Replica:
         self._checkpoint_lock = asyncio.Lock()
         self._known_role: tuple[bool, int, str] = (False, 0, "")
         self._known_members: dict[str, bytes] = {}
+        self._members_new = False  # not in a checkpoint: the next start would not know them
         self._digest_index = 0
         self._membership_asked = 0.0
         self.on_role: list[Callable[[], None]] = []
@@ -123,12 +138,12 @@ class Replica:
     async def start(self) -> None:
         """Join the cluster. UserError if this replica must not or cannot."""
         folder = self.config.data_dir
-        voter = not (self.config.learner or self.config.replace)
+        voter = not (self.config.learner or self.config.join)
         self._identity = Identity.load_or_create(
             folder / "identity.cbor", self.config.name, voter=voter
         )
-        if self._identity.voter != voter and self.config.replace:
-            log.info("already replaced; --replace is not needed any more")
+        if self._identity.voter != voter and self.config.join:
+            log.info("already a master; --replace and --join are not needed any more")
         self._journal = DurableJournal(
             folder / "journal", checkpointed=self.machine.checkpointed[0]
         )
@@ -149,17 +164,34 @@ class Replica:
         self._on_timer()
 
     def _check_members(self) -> None:
-        """A voter that was told of other peers than there are would count wrong majorities."""
+        """Before the cluster is founded, --peers says who counts; a wrong one would be fatal.
+        Afterwards it may be out of date, but naming strangers, or only itself, is a mistake.
+        """
         if self.config.learner:
             return
-        known = set(self._known_members) or {*self._identity.peers, self.config.name}
-        complete = bool(self._known_members)
-        given = set(self.config.peers)
-        if given != known if complete else not known <= given:
+        me, given = self.config.name, set(self.config.peers)
+        met = {*self._identity.peers, me}
+        now = set(self._known_members) or met
+        wrong = not now <= given
+        if self._known_members:
+            wrong = not given <= now | met or (given == {me} and now != given)
+        if wrong:
             raise UserError(
                 f"--peers names {','.join(sorted(given))}, but this cluster's masters are "
-                f"{','.join(sorted(known))}: give exactly those"
+                f"{','.join(sorted(now))}: give exactly those"
             )
+        if given != now and self._known_members:
+            log.info("--peers is out of date", given=sorted(given), masters=sorted(now))
+
+    def _names(self) -> list[str]:
+        """The masters to talk to, oneself included if this is one."""
+        if not self._known_members:
+            return list(self.config.peers)
+        names = set(self._known())
+        return sorted(names if self._identity.voter else names.union(self.config.peers))
+
+    def _others(self) -> list[str]:
+        return [name for name in self._names() if name != self.config.name]
 
     def _check_journal(self) -> None:
         """State and journal must overlap, or something acknowledged is missing."""
@@ -186,7 +218,7 @@ class Replica:
 
     async def _open_links(self) -> None:
         self._links = Links(
-            self._me(), list(self.config.peers), self._key, self._refusal, self._received,
+            self._me(), self._names(), self._key, self._refusal, self._received,
             self._refused,
         )  # fmt: skip
         await self._links.start()
@@ -197,11 +229,11 @@ class Replica:
             self._journal.add(b"\x01", 1, 0)  # every log begins with this entry
         if self.machine.applied[0] == 0:
             self.machine.apply_entry(1, 0, b"")
-        others = [p for p in self.config.peers if p != self.config.name]
         self._core = SafeSyncObj(
-            self.config.name if self._identity.voter else None, others, self._journal,
+            self.config.name if self._identity.voter else None, self._others(), self._journal,
             self._links, self._apply, self._offer_snapshot, self.machine.applied[0],
-            self._known_members,
+            self._known_members, _read_change,
+            "" if self.config.learner else f"{self.config.name}#{self._identity.uuid.hex()}",
         )  # fmt: skip
         self._links.announce()
 
@@ -241,35 +273,44 @@ class Replica:
     # --- who may connect
 
     def _known(self) -> dict[str, bytes]:
-        return self._known_members or self._identity.peers
+        """Identities of the masters, also of one that a change in the log will make a master."""
+        if not self._known_members:
+            return self._identity.peers
+        coming = self._core.configurations.latest if self._core is not None else {}
+        return {**coming, **self._known_members}
 
-    def _refusal(self, peer: PeerName) -> str | None:
+    def _refusal(self, peer: PeerName) -> Refused | None:
         """Why a peer must stay out; learns the identities of peers that it meets first."""
         if not peer.voter and not peer.joining:
             return None
-        if peer.name not in self.config.peers:
-            return f"master {peer.name} is not one of {','.join(self.config.peers)}"
-        known = self._known().get(peer.name)
         if peer.joining:
-            return None if known else f"master {peer.name} cannot be replaced: nobody knew it yet"
+            if self._known():
+                return None
+            return Refused("the cluster is not founded: nobody can join it yet")
+        if peer.name not in self._names():
+            masters = ",".join(self._names())
+            if peer.name in self._identity.peers:
+                return Refused(f"{_removed(peer.name)}: its masters are {masters}", removed=True)
+            return Refused(f"master {peer.name} is not one of {masters}")
+        known = self._known().get(peer.name)
         if known is None:
             self._identity.learn(peer.name, peer.uuid)
             known = peer.uuid
         if known != peer.uuid:
-            return (
+            return Refused(
                 f"master {peer.name} lost its data: its old identity has votes and "
                 "acknowledgements that this one forgot, so it may not take part; bring it back "
-                f"with `raftfs cluster replace`, or start it on an empty folder with --replace"
+                "with `raftfs cluster replace`, or start it on an empty folder with --replace"
             )
-        if all(p in self._identity.peers for p in self.config.peers if p != self.config.name):
+        if all(p in self._identity.peers for p in self._others()):
             self._all_met.set()
         if self._core is not None:
             self._core.node_replaced(Node(peer.name))
         return None
 
-    def _refused(self, peer: str, reason: str) -> None:
+    def _refused(self, peer: str, reason: str, removed: bool) -> None:
         error = UserError(f"{reason} (said {peer})")
-        if not self._identity.peers or not self._all_met.is_set():
+        if removed or not self._identity.peers or not self._all_met.is_set():
             self._fail_quietly(error)
         else:
             log.warning("refused by a peer", peer=peer, reason=reason)
@@ -282,7 +323,7 @@ class Replica:
 
     async def _meet_everybody(self) -> None:
         """A new voter takes part only when it knows the identity of every other."""
-        others = [p for p in self.config.peers if p != self.config.name]
+        others = self._others()
         if not self._identity.voter or all(p in self._identity.peers for p in others):
             self._all_met.set()
         while not self._all_met.is_set():
@@ -378,19 +419,18 @@ class Replica:
             name, _, uuid = node.id.partition("#")
             caught_up = core.match_index.get(node, 0) >= core.commit_index
             known = self._known_members.get(name)
-            if known is not None and known.hex() != uuid and caught_up:
+            lost = known is not None and known.hex() != uuid
+            if lost and caught_up and not core.configurations.changing:
                 log.info("replacement caught up", name=name, uuid=uuid)
-                self._propose_own(ReplaceMember(name, bytes.fromhex(uuid)))
+                _forget(self.change_members(ReplaceMember(name, bytes.fromhex(uuid))))
 
     def _propose_own(self, op: Op) -> None:
-        batch = Batch(time.time_ns(), [Command(0, 0, op)])
-        future = self.submit(encode_batch(batch))
-        future.add_done_callback(lambda f: f.cancelled() or f.exception())
+        _forget(self.submit(_own_batch(op)))
 
     def _apply(self, index: int, term: int, data: bytes) -> list[Applied]:
         applied = self.machine.apply_entry(index, term, data)
         for one in applied:
-            if isinstance(one.command.op, Found | ReplaceMember):
+            if isinstance(one.command.op, Found | MembershipOp):
                 self._loop.call_soon(self._members_changed)
         for callback in self.on_applied:
             callback(index, data, applied)
@@ -401,14 +441,21 @@ class Replica:
         if self._stopped:
             return
         self._known_members = self.machine.members()
+        self._members_new = True
         if self._core is not None:
             self._core.set_members(self._known_members)
         for name, uuid in self._known_members.items():
             if name != self.config.name and self._identity.peers.get(name) != uuid:
                 self._identity.learn(name, uuid)
-        mine = self._known_members.get(self.config.name)
-        if mine == self._identity.uuid and not self._identity.voter:
+        mine = self._known_members.get(self.config.name) == self._identity.uuid
+        if mine and not self._identity.voter:
             self._tasks.append(asyncio.ensure_future(self._become_voter()))
+        elif self._identity.voter and self._known_members and not mine:
+            masters = ",".join(sorted(self._known_members))
+            removed = _removed(self.config.name)
+            self._fail_quietly(UserError(f"{removed}: its masters are {masters}"))
+        elif self._links is not None:
+            self._links.set_peers(self._names())
 
     async def _become_voter(self) -> None:
         log.info("this replica votes from now on", name=self.config.name)
@@ -423,9 +470,24 @@ class Replica:
 
     def submit(self, data: bytes) -> "asyncio.Future[list[Applied]]":
         """Commit and apply an entry. NotLeader at once; the future may give OutcomeUnknown."""
+        return self._submit(self._leading().propose, data)
+
+    def change_members(self, op: MembershipOp) -> "asyncio.Future[list[Applied]]":
+        """As `submit`, for the one operation that changes who votes. BUSY: one is under way."""
+        core = self._leading()
+        if core.configurations.changing:
+            raise ReplyError(Status.BUSY)
+        return self._submit(core.change_members, _own_batch(op))
+
+    def _leading(self) -> SafeSyncObj:
         core = self._core
         if core is None or self._stopped or not core.leads:
             raise NotLeader
+        return core
+
+    def _submit(
+        self, propose: Callable[[bytes, Callable[[Any, Exception | None], None]], None], data: bytes
+    ) -> "asyncio.Future[list[Applied]]":
         future: asyncio.Future[list[Applied]] = self._loop.create_future()
 
         def done(result: Any, error: Exception | None) -> None:
@@ -436,7 +498,7 @@ class Replica:
             else:
                 future.set_exception(error)
 
-        core.propose(data, done)
+        propose(data, done)
         self._proposed = True
         self._kick()
         return future
@@ -469,7 +531,8 @@ class Replica:
             many = self.machine.dirty() >= self.config.checkpoint_rows
             large = self._journal.bytes_kept > self.config.memory_bytes
             old = time.monotonic() - last > self.config.checkpoint_every_s
-            if many or large or old:
+            if many or large or old or self._members_new:
+                self._members_new = False
                 await self._checkpoint()
                 last = time.monotonic()
 
@@ -550,7 +613,55 @@ class Replica:
     def peers_connected(self) -> list[tuple[str, bool]]:
         """The other voters, and which of them are connected."""
         up = set(self._links.connected()) if self._links is not None else set()
-        return [(p, p in up) for p in self.config.peers if p != self.config.name]
+        return [(p, p in up) for p in self._others()]
+
+    @property
+    def members(self) -> dict[str, bytes]:
+        """The masters that vote: name -> identity."""
+        return self._known_members
+
+    def joining(self) -> dict[str, bytes]:
+        """Connected replicas that want to become masters: name -> identity."""
+        return self._links.joining() if self._links is not None else {}
+
+    def behind(self) -> dict[str, int]:
+        """Leader: entries that each connected node (voters by name, others as `name#identity`) is
+        not known to have on its disk.
+        """
+        core, links = self._core, self._links
+        if core is None or links is None:
+            return {}
+        last = self._journal.last_index
+        matched = {n.id: last - i for n, i in core.match_index.items()}
+        return {name: matched[name] for name in links.connected() if name in matched}
+
+    def hand_over(self, to: str = "") -> str:
+        """Leader: ask a voter (the most advanced one, or `to`) to lead. Gives its name, "" if there
+        is none. NotLeader.
+        """
+        node = self._leading().hand_over(to)
+        return "" if node is None else str(node.id)
+
+
+def _removed(name: str) -> str:
+    return f"master {name} was removed from the cluster"
+
+
+def _own_batch(op: Op) -> bytes:
+    return encode_batch(Batch(time.time_ns(), [Command(0, 0, op)]))
+
+
+def _forget(future: "asyncio.Future[Any]") -> None:
+    """Nobody waits for it: the next look around sees what came of it."""
+    future.add_done_callback(lambda f: f.cancelled() or f.exception())
+
+
+def _read_change(command: bytes, members: dict[str, bytes]) -> dict[str, bytes]:
+    """Who votes after an entry that changes it."""
+    for one in decode_batch(command).commands:
+        if isinstance(one.op, MembershipOp):
+            members = members_after(one.op, members)
+    return members
 
 
 def _check_peers(config: ReplicaConfig) -> None:

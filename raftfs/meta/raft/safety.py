@@ -104,9 +104,11 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         applied: int = 1,
         members: Members | None = None,
         read_change: Callable[[bytes, Members], Members] | None = None,
+        learner: str = "",
     ) -> None:
-        """`me` None: a learner. `apply(index, term, command)` raises only to stop the node.
+        """`me` None: a learner, which others call `learner`.
 
+        `apply(index, term, command)` raises only to stop the node.
         `send_snapshot(node)` is called each heartbeat for a node that needs one. `applied`: the
         index up to which the state machine is already, `members` the voters that it names there.
         `read_change(command, members)`: the voters after a command of kind MEMBERSHIP.
@@ -139,7 +141,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
                          transport=transport)  # fmt: skip
         self._transport_ = transport
         self.last_applied = self.commit_index = applied
-        self.is_learner = me is None
+        self._learner = learner
         self.configurations = Configurations(
             members or dict.fromkeys([*others, *([me] if me else [])], b"")
         )
@@ -164,7 +166,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         if self.state == LEADER:
             self._advance_commit()
             self._check_quorum(now)
-        elif not self.is_learner and self.election_deadline < now:
+        elif self.selfNode is not None and self.election_deadline < now:
             self._stand(now)
         self._SyncObj__applyLogEntries()
         if self.state == LEADER and now > self.heartbeat_due:
@@ -420,6 +422,13 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
 
     # --- elections
 
+    @property
+    def _may_vote(self) -> bool:
+        return self.selfNode is not None or self.configurations.may_vote(self._learner)
+
+    def _electorate(self) -> list[Node]:
+        return [Node(n) for n in sorted(self.configurations.electorate()) if n != self.selfNode.id]
+
     def _up_to_date(self, m: Vote | PreVote) -> bool:
         mine = (self.journal[-1][2], self.journal[-1][1])
         return (m.last_term, m.last_index) >= mine
@@ -435,7 +444,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
 
     def _on_vote(self, node: Node, m: Vote) -> None:
         """As Raft has it, but a node that hears its leader is not to be disturbed (stickiness)."""
-        if self.is_learner or (not m.transfer and self._has_leader()):
+        if not self._may_vote or (not m.transfer and self._has_leader()):
             return
         if m.term > self.term:
             self._step_down(m.term)
@@ -459,7 +468,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
 
     def _on_pre_vote(self, node: Node, m: PreVote) -> None:
         granted = (
-            not self.is_learner
+            self._may_vote
             and m.term > self.term
             and not self._has_leader()
             and self._up_to_date(m)
@@ -476,7 +485,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
                 self.election_deadline = 0.0
 
     def _on_campaign_now(self, node: Node, m: CampaignNow) -> None:
-        if not self.is_learner and m.term == self.term and node == self.leader_node:
+        if self.selfNode is not None and m.term == self.term and node == self.leader_node:
             self._campaign = self._transferring = True
             self.election_deadline = 0.0
 
@@ -493,7 +502,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             self.election_deadline = now + self._SyncObj__generateRaftTimeout() / 2
             self._pre_term, self._pre_votes = self.term + 1, {mine}
             question = PreVote(self._pre_term, self.journal[-1][1], self.journal[-1][2])
-            for node in self.voters:
+            for node in self._electorate():
                 self._transport_.send(node, question)
 
     def _elect(self, mine: str) -> None:
@@ -504,7 +513,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         self._votes = {mine}
         last = self.journal[-1]
         request = Vote(self.term, last[1], last[2], self._transferring)
-        for node in self.voters:
+        for node in self._electorate():
             self._transport_.send(node, request)
         self._count_votes()
 

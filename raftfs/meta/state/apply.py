@@ -47,7 +47,9 @@ _OPS: dict[type, Callable[[Change, Any], Any]] = {
     ops.NewSession: ops_admin.new_session,
     ops.EndSession: ops_admin.end_session,
     ops.Found: ops_admin.found,
-    ops.ReplaceMember: ops_admin.replace_member,
+    ops.ReplaceMember: ops_admin.change_members,
+    ops.AddMember: ops_admin.change_members,
+    ops.RemoveMember: ops_admin.change_members,
     ops.Digest: ops_admin.digest,
 }
 

@@ -117,6 +117,8 @@ _FORMS = (
     _Form(ops.EndSession, "SESDEL", ("session",)),
     _Form(ops.Found, "FOUND", ("cluster",)),
     _Form(ops.ReplaceMember, "MEMBER", ("name", "uuid")),
+    _Form(ops.AddMember, "MEMBERADD", ("name", "uuid")),
+    _Form(ops.RemoveMember, "MEMBERDEL", ("name",)),
     _Form(ops.Digest, "DIGEST", ("value",)),
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from raftfs.const import GOAL_DEFAULT, GOAL_MAX, GOAL_MIN, ROOT_INODE
 from raftfs.errors import ReplyError, invariant
-from raftfs.meta.state import model
+from raftfs.meta.state import model, read
 from raftfs.meta.state.change import Change
 from raftfs.meta.state.model import MapEntry, MemberRow, Node, SessionRow
 from raftfs.meta.state.ops_data import end_grant
@@ -80,11 +80,27 @@ def found(c: Change, op: ops.Found) -> None:
     c.put_node(ROOT_INODE, root)
 
 
-def replace_member(c: Change, op: ops.ReplaceMember) -> None:
-    """Another identity votes under the name from now on."""
-    if c.rows.get(model.member_key(op.name)) is None:
-        raise ReplyError(errno.ENOENT)
-    c.rows.put(model.member_key(op.name), MemberRow(op.uuid))
+def change_members(c: Change, op: ops.MembershipOp) -> None:
+    """Who votes from now on. ENOENT, EEXIST: it would change nothing; EPERM: nobody would vote."""
+    before = read.members(c.rows)
+    if isinstance(op, ops.AddMember) == (op.name in before):
+        raise ReplyError(errno.EEXIST if op.name in before else errno.ENOENT)
+    after = members_after(op, before)
+    if not after:
+        raise ReplyError(errno.EPERM)
+    if op.name in after:
+        c.rows.put(model.member_key(op.name), MemberRow(after[op.name]))
+    else:
+        c.rows.delete(model.member_key(op.name))
+
+
+def members_after(op: ops.MembershipOp, before: dict[str, bytes]) -> dict[str, bytes]:
+    """The voters, name -> identity, when `op` has been applied."""
+    if isinstance(op, ops.RemoveMember):
+        return {name: uuid for name, uuid in before.items() if name != op.name}
+    if isinstance(op, ops.ReplaceMember) and op.name not in before:
+        return before
+    return {**before, op.name: op.uuid}
 
 
 def digest(c: Change, op: ops.Digest) -> None:

@@ -249,3 +249,91 @@ def test_a_gap_is_a_bug() -> None:
     j.add(*entry(1))
     with pytest.raises(InvariantError, match="gap"):
         j.add(*entry(3))
+
+
+def test_what_a_checkpoint_has_is_read_from_the_disk() -> None:
+    files = FakeFiles()
+    j = journal(files)
+    for index in range(1, 101):
+        j.add(*entry(index, 1 + index // 40))
+        if index % 3 == 0:
+            j.sync()
+    j.sync()
+    j.unlink_before(j.compact(80, keep_entries=60, keep_bytes=1_000_000))
+    assert (j.oldest_index, j.first_index) == (20, 80)
+    found: list[tuple[bytes, int, int]] = []
+    while len(found) < 81:
+        part = j.entries_from(20 + len(found), 400)
+        assert part, "reading must go on"
+        assert sum(len(e[0]) for e in part[:-1]) <= 400 + len(part) * 25, "messages are bounded"
+        found += part
+    assert found == [entry(i, 1 + i // 40) for i in range(20, 101)]
+    assert [j.term_at(i) for i in (20, 39, 40, 79, 80, 100)] == [1, 1, 2, 2, 3, 3]
+    again = DurableJournal(FOLDER, files.after_power_cut(), SMALL, checkpointed=80)
+    assert again.first_index == 80 and again.oldest_index <= 20
+    assert again.entries_from(21, 1)[0] == entry(21)
+
+
+def test_a_cut_tail_is_not_read_from_the_disk_again() -> None:
+    files = FakeFiles()
+    j = journal(files)
+    for index in range(1, 31):
+        j.add(*entry(index))
+        j.sync()
+    j.deleteEntriesFrom(9)
+    for index in range(10, 41):
+        j.add(*entry(index, 2))
+        j.sync()
+    j.compact(40, keep_entries=100, keep_bytes=1_000_000)
+    want = [entry(i) for i in range(1, 10)] + [entry(i, 2) for i in range(10, 41)]
+    for again in (j, DurableJournal(FOLDER, files.after_power_cut(), SMALL, checkpointed=40)):
+        found: list[tuple[bytes, int, int]] = []
+        while len(found) < 40:
+            found += again.entries_from(1 + len(found), 10_000)
+        assert found == want
+
+
+def test_an_entry_that_rots_on_the_disk_is_never_handed_out() -> None:
+    files = FakeFiles()
+    j = journal(files, 4096)
+    for index in range(1, 11):
+        j.add(*entry(index))
+    j.sync()
+    j.compact(10, keep_entries=100, keep_bytes=1_000_000)
+    (name,) = files.content
+    files.content[name][j._tail.place(4).offset + 3] ^= 1
+    with pytest.raises(JournalError, match="entry 4 is not as written"):
+        j.entries_from(1, 10_000)
+
+
+def test_what_a_thread_has_written_counts_only_when_it_says_so() -> None:
+    j = journal(FakeFiles(), 10_000)
+    j.sync()
+    j.add(*entry(1))
+    j.add(*entry(2))
+    assert j.take() and (j.durable_index, j.durable < j.mark) == (0, True)
+    j.add(*entry(3))  # comes in while the thread writes
+    j.write_taken()
+    assert j.durable_index == 0, "the loop has not heard of it"
+    j.settle()
+    assert j.durable_index == 2 and j.durable == j.mark - 1
+    j.setCurrentTerm(5, "me")  # at once, and everything before it
+    assert j.durable_index == 3 and j.durable == j.mark
+
+
+def test_a_cut_during_a_sync_is_not_forgotten() -> None:
+    """The entries that the thread writes are gone from the log; others come in their places."""
+    j = journal(FakeFiles(), 10_000)
+    for index in range(1, 11):
+        j.add(*entry(index))
+    assert j.take()
+    j.deleteEntriesFrom(4)
+    j.add(*entry(5, 2))
+    j.write_taken()
+    j.settle()
+    assert j.durable_index == 4, "entry 5 of term 2 is not on the disk"
+    j.sync()
+    assert j.durable_index == 5
+    j.compact(5, keep_entries=100, keep_bytes=1_000_000)
+    assert j.entries_from(1, 10_000) == [entry(i) for i in range(1, 5)]
+    assert j.term_at(4) == 1 and j.term_at(5) == 2
