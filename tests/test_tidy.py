@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "cli": {"ground", "wire", "conf", "client", "meta", "chunk", "mount", "cli"},
 }
 # Inside meta, from the bottom up; a module may import what stands before or with it.
-META_ORDER = ["state", "plan", "store", "raft", "services", "master"]
+META_ORDER = ["state", "plan", "rowcache", "store", "raft", "services", "master"]
 SERVICES = {
     "proposer", "sessions", "chunkhub", "grants", "healer", "goals", "membership", "service",
 }  # fmt: skip

@@ -7,17 +7,17 @@ A checkpoint is one LMDB transaction with all changed rows, the applied index an
 digest; so the file is at every moment exactly the state after one entry of the log:
 
     loop    freeze(): overlay becomes frozen, a new one begins        (a few microseconds)
-    thread  write_frozen(): encode, put, commit (fdatasync)           (the loop goes on)
-    loop    thaw(): frozen rows are in the file now
+    thread  write_frozen(): encode, digest, put, commit (fdatasync)   (the loop goes on)
+    loop    thaw(): frozen rows are in the file now, and become a generation of the cache
 
-The digest is kept lazily: the first change of a row since the last `digest()` remembers the old
-bytes, and `digest()` folds all such rows.
+The digest of a checkpoint is made by its thread: the rows' old bytes are in the file, the new ones
+are written anyway. The thread works in slices, so that it never holds the interpreter for long.
 """
 
 import contextlib
-import itertools
+import heapq
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ import structlog
 from lmdb.verify import VerifyError, verify
 
 from raftfs.errors import UserError, invariant
+from raftfs.meta.rowcache import MISSING, Overlay, RowCache, Trash
 from raftfs.meta.state import digest, read
 from raftfs.meta.state.apply import Applied, apply_batch
-from raftfs.meta.state.model import GROUP_LEN, TABLES, Row
+from raftfs.meta.state.digest import compare
+from raftfs.meta.state.model import TABLES, Row
 from raftfs.wire.ops import Record, decode_batch
 
 log = structlog.get_logger("raftfs.store")
@@ -40,10 +42,10 @@ _APPLIED_KEY = b"\0applied"  # sorts before every table; no row of the state, no
 # (which LMDB allows only while no reader looks at it).
 _MAP_SIZE = 1 << 40
 _DELETED: Any = None
-# Tables that the leader goes through again and again (sessions, chunks, doomed chunks): their
-# changed rows are found without looking at all the others.
-_SWEPT = b"SCD"
 _SCAN_READ = 256  # rows taken from LMDB at a time
+_SORT_SLICE = 4_096  # keys sorted at a time: sorting all of them would hold the interpreter
+_DIGESTS_KEPT = 8  # of the last checkpoints
+_TIDY_ROWS = 2_000  # freed in one turn of the event loop
 
 
 class AppliedRow(Record):
@@ -55,42 +57,14 @@ class AppliedRow(Record):
     digest: bytes
 
 
-class Overlay:
-    """Rows changed since some moment; None: deleted. `groups` finds them for scans."""
-
-    def __init__(self) -> None:
-        self.rows: dict[bytes, Row | None] = {}
-        self.groups: dict[bytes, set[bytes]] = {}
-        self.tables: dict[int, set[bytes]] = {table: set() for table in _SWEPT}
-
-    def put(self, key: bytes, row: Row | None) -> None:
-        """Set or delete a row."""
-        if key not in self.rows:
-            self.groups.setdefault(key[:GROUP_LEN], set()).add(key)
-            if key[0] in _SWEPT:
-                self.tables[key[0]].add(key)
-        self.rows[key] = row
-
-    def matching(self, prefix: bytes, after: bytes) -> list[bytes]:
-        """Changed keys that a scan has to look at, sorted."""
-        if len(prefix) >= GROUP_LEN:
-            keys: Any = self.groups.get(prefix[:GROUP_LEN], ())
-        elif prefix and prefix[0] in _SWEPT:
-            keys = self.tables[prefix[0]]
-        else:
-            keys = self.rows
-        start = prefix + after
-        return sorted(
-            k for k in keys if k.startswith(prefix) and (k > start or (not after and k == start))
-        )
-
-
 class MetaStore:
     """The state of one replica: implements `Rows` and what the replica drives (`Machine`)."""
 
     def __init__(self, path: Path, *, cache_rows: int = 200_000) -> None:
         self._path = path
         self._cache_rows = cache_rows
+        self._trash = Trash()
+        self._cache = RowCache(cache_rows, self._trash)
         self._decoders: dict[int, Any] = {t: msgspec.msgpack.Decoder(c) for t, c in TABLES.items()}
         self._open()
 
@@ -108,10 +82,10 @@ class MetaStore:
         except (lmdb.Error, OSError) as e:
             raise UserError(f"metadata file {self._path} cannot be opened: {e}") from None
         self._overlay, self._frozen = Overlay(), Overlay()
-        self._freezing: AppliedRow | None = None
+        self.freezing: tuple[int, int] | None = None
+        self._frozen_digest = 0
+        self._claimed: tuple[int, bytes] | None = None  # the leader's digest of what is frozen
         self._failed = False  # an entry was applied half: nothing of it may become durable
-        self._cache: dict[bytes, Row | None] = {}
-        self._unfolded: dict[bytes, bytes | None] = {}
         self._reader: Any = None
         self._snapshot()
         reader: Any = self._reader
@@ -128,6 +102,7 @@ class MetaStore:
             raise UserError(f"metadata file {self._path} is damaged: it does not say its index")
         self.applied = self.checkpointed = (row.index, row.term)
         self._digest = int.from_bytes(row.digest, "big")
+        self.digests: Sequence[tuple[int, bytes]] = [(row.index, row.digest)]
 
     def _snapshot(self) -> None:
         """Look at LMDB as it is now."""
@@ -143,21 +118,21 @@ class MetaStore:
             return self._overlay.rows[key]
         if key in self._frozen.rows:
             return self._frozen.rows[key]
-        if key in self._cache:
-            return self._cache[key]
-        raw = self._reader.get(key)
-        row = self._decoders[key[0]].decode(raw) if raw is not None else None
-        self._remember(key, row)
+        row: Row | None = self._cache.get(key)
+        if row is MISSING:
+            raw = self._reader.get(key)
+            row = self._decoders[key[0]].decode(raw) if raw is not None else None
+            self._cache.put(key, row)
         return row
 
     def put(self, key: bytes, row: Row) -> None:
         """As `Rows.put`."""
-        self._note_old(key)
+        self._cache.forget(key)
         self._overlay.put(key, row)
 
     def delete(self, key: bytes) -> None:
         """As `Rows.delete`."""
-        self._note_old(key)
+        self._cache.forget(key)
         self._overlay.put(key, _DELETED)
 
     def scan(self, prefix: bytes, after: bytes = b"") -> Iterator[tuple[bytes, Row]]:
@@ -203,17 +178,12 @@ class MetaStore:
                 return
             start, include = part[-1][0], False
 
-    def _remember(self, key: bytes, row: Row | None) -> None:
-        if len(self._cache) >= self._cache_rows:
-            # Dictionaries keep insertion order: drop the oldest tenth, cheap and nearly LRU.
-            for old in list(itertools.islice(self._cache, self._cache_rows // 10 + 1)):
-                del self._cache[old]
-        self._cache[key] = row
-
-    def _note_old(self, key: bytes) -> None:
-        if key not in self._unfolded:
-            row = self.get(key)
-            self._unfolded[key] = None if row is None else digest.encode_row(row)
+    def compare_digest(self, index: int, digest: bytes) -> None:
+        """As `Rows.compare_digest`."""
+        if self.freezing is not None and self.freezing[0] == index:
+            self._claimed = (index, digest)
+        else:
+            compare(dict(self.digests).get(index), index, digest)
 
     # --- Machine
 
@@ -235,44 +205,65 @@ class MetaStore:
         return len(self._overlay.rows)
 
     def digest(self) -> bytes:
-        """16 bytes that are equal on replicas with equal states; costs what changed since last."""
-        for key, old in self._unfolded.items():
+        """16 bytes that are equal on replicas with equal states, of the state now. Slow with many
+        changed rows: for tools and tests; `digests` has those of the last checkpoints.
+        """
+        total = self._digest
+        for key in {**self._frozen.rows, **self._overlay.rows}:
             row = self.get(key)
             new = None if row is None else digest.encode_row(row)
-            if new != old:
-                self._digest = digest.change(self._digest, key, old, new)
-        self._unfolded.clear()
-        return digest.to_bytes(self._digest)
+            total = digest.change(total, key, self._reader.get(key), new)
+        return digest.to_bytes(total)
 
     def freeze(self) -> bool:
         """Event loop: begin a checkpoint. False if nothing is new or one is under way."""
         invariant(not self._failed, "a checkpoint after an entry that failed")
-        if self._freezing is not None or self.applied == self.checkpointed:
+        if self.freezing is not None or self.applied == self.checkpointed:
             return False
-        self._freezing = AppliedRow(_FORMAT, *self.applied, self.digest())
+        self.freezing = self.applied
         self._frozen, self._overlay = self._overlay, Overlay()
         return True
 
     def write_frozen(self) -> None:
         """Thread: put the frozen rows into LMDB, durably. lmdb.Error or OSError if it cannot."""
-        invariant(self._freezing is not None, "no checkpoint has begun")
+        invariant(self.freezing is not None, "no checkpoint has begun")
+        assert self.freezing is not None
+        rows, total = self._frozen.rows, self._digest
         with self._env.begin(write=True) as txn:
-            for key, row in sorted(self._frozen.rows.items()):
-                if row is None:
+            for key in _sorted_in_slices(list(rows)):
+                row, old = rows[key], txn.get(key)
+                new = None if row is None else digest.encode_row(row)
+                if new is not None and new != old:
+                    txn.put(key, new)
+                elif new is None and old is not None:
                     txn.delete(key)
-                else:
-                    txn.put(key, digest.encode_row(row))
-            txn.put(_APPLIED_KEY, msgspec.msgpack.encode(self._freezing))
+                if new != old:
+                    total = digest.change(total, key, old, new)
+            applied = AppliedRow(_FORMAT, *self.freezing, digest.to_bytes(total))
+            txn.put(_APPLIED_KEY, msgspec.msgpack.encode(applied))
+        self._frozen_digest = total
 
     def thaw(self) -> None:
-        """Event loop: the checkpoint is durable; its rows are read from the file from now on."""
-        done, self._freezing = self._freezing, None
-        assert done is not None
-        self.checkpointed = (done.index, done.term)
+        """Event loop: the checkpoint is durable; its rows are read from the file from now on.
+        InvariantError if the leader had another digest for it.
+        """
+        assert self.freezing is not None
+        self.checkpointed, self.freezing = self.freezing, None
+        self._digest = self._frozen_digest
+        made = digest.to_bytes(self._digest)
+        self.digests = [*self.digests[1 - _DIGESTS_KEPT :], (self.checkpointed[0], made)]
         self._snapshot()
-        for key, row in self._frozen.rows.items():
-            self._remember(key, row)
-        self._frozen = Overlay()
+        frozen, self._frozen = self._frozen, Overlay()
+        # What has changed since is in the overlay, which is looked at first, so it may stay here.
+        self._cache.adopt(frozen.rows)
+        self._trash.throw(frozen.groups, *frozen.tables.values())
+        claimed, self._claimed = self._claimed, None
+        if claimed is not None:
+            compare(made, *claimed)
+
+    def tidy(self) -> int:
+        """Event loop, now and then: free some of what is not used any more; gives how many rows."""
+        return self._trash.empty_some(_TIDY_ROWS)
 
     def copy_to(self, path: Path) -> tuple[int, int]:
         """Thread: a compacted copy of the last checkpoint; gives its index and term."""
@@ -287,7 +278,7 @@ class MetaStore:
 
     def install(self, path: Path) -> None:
         """Event loop: become the state in this (verified) file, which is renamed into place."""
-        invariant(self._freezing is None, "a snapshot came during a checkpoint")
+        invariant(self.freezing is None, "a snapshot came during a checkpoint")
         file_index(path)  # refuse it while the state that it would replace is still there
         self._reader.abort()
         self._reader = None
@@ -300,6 +291,7 @@ class MetaStore:
             os.fsync(fd)
         finally:
             os.close(fd)
+        self._cache = RowCache(self._cache_rows, self._trash)
         self._open()
 
     def close(self) -> None:
@@ -308,6 +300,12 @@ class MetaStore:
             self._reader.abort()
             self._reader = None
             self._env.close()
+
+
+def _sorted_in_slices(keys: list[bytes]) -> Iterator[bytes]:
+    """All of them in order, without a long call into the interpreter's own code."""
+    parts = (keys[at : at + _SORT_SLICE] for at in range(0, len(keys), _SORT_SLICE))
+    return heapq.merge(*(sorted(part) for part in parts))
 
 
 def _new_applied() -> AppliedRow:

@@ -219,7 +219,7 @@ class ServerStatus(Record):
 
 
 class ReplicaStatus(Record):
-    """One master's view. `digest` is of the state at `applied`."""
+    """One master's view. `digest` is of its last checkpoint, at `digest_index`."""
 
     name: str
     cluster: bytes

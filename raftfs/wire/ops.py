@@ -319,9 +319,14 @@ class RemoveMember(Tagged, tag=24):
     name: str
 
 
-class Digest(Tagged, tag=21):
-    """The leader's digest of the state before this entry; whoever differs stops. -> None."""
+class Checkpoint(Tagged, tag=25):
+    """Every replica makes a checkpoint of the state after exactly this entry. -> None."""
 
+
+class Digest(Tagged, tag=21):
+    """The leader's digest of the checkpoint after entry `index`; whoever differs stops. -> None."""
+
+    index: int
     value: bytes
 
 
@@ -329,6 +334,7 @@ Op = (
     Create | Symlink | Link | Unlink | Rmdir | Rename | SetAttr | Length | Acquire | Release
     | GrantWrite | SetVersion | CommitWrite | Unlock | DropCopy | ForgetChunk | SetGoal
     | NewSession | EndSession | Found | Digest | ReplaceMember | AddMember | RemoveMember
+    | Checkpoint
 )  # fmt: skip
 
 # What changes who votes: the log treats entries with these differently.

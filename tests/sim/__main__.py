@@ -3,6 +3,7 @@
 import argparse
 import logging
 import time
+from collections import Counter
 
 from tests.sim.world import story
 
@@ -15,6 +16,7 @@ def main() -> int:
     args = parser.parse_args()
     logging.disable(logging.CRITICAL)
     began, acked, reads = time.monotonic(), 0, 0
+    seen: Counter[str] = Counter()
     for seed in range(args.seed, args.seed + args.seeds):
         try:
             world = story(seed)
@@ -23,8 +25,10 @@ def main() -> int:
             raise
         acked += len(world.acked)
         reads += world.reads
+        seen += world.seen
     took = time.monotonic() - began
     print(f"{args.seeds} seeds, {acked} commands acknowledged, {reads} reads, {took:.0f} s: good")
+    print(", ".join(f"{kind} {number}" for kind, number in sorted(seen.items())))
     return 0
 
 

@@ -69,12 +69,6 @@ class Configurations:
         ordered = sorted((numbers.get(v, 0) for v in voters), reverse=True)
         return ordered[len(ordered) // 2]
 
-    def may_vote(self, node: str) -> bool:
-        """Whether the node is a voter of some configuration: one that a change in the log names
-        must vote before it is applied, or the change could not survive its leader.
-        """
-        return any(self._voter(node) in c for c in self._all())
-
     def electorate(self) -> set[str]:
         """Every voter of every configuration, under each name by which it may be connected."""
         found = set(self._applied)
@@ -83,6 +77,10 @@ class Configurations:
                 if self._applied.get(name) not in (identity, b""):
                     found |= {name, f"{name}#{identity.hex()}"}
         return found
+
+    def names(self) -> set[str]:
+        """Names of the voters of every configuration."""
+        return {name for _, m in [(0, self._applied), *self._coming] for name in m}
 
     def _voter(self, node: str) -> str:
         """A learner that a change makes a voter under a new name is already called so."""

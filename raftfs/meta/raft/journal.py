@@ -8,8 +8,8 @@ written only after that returned, so
     number than the bad one's
 
 Segments (`segments.py` has the format) are created in their full size and never changed in place.
-Compaction unlinks whole ones. Each begins with the current V (and B), so what an unlinked one said
-is never missed. An error of a write or sync is final (`JournalError`): the kernel may have dropped
+Compaction unlinks whole ones. Each begins with the current V, so what an unlinked one said is never
+missed. An error of a write or sync is final (`JournalError`): the kernel may have dropped
 the dirty pages, so trying again could report a durability that does not exist.
 
 Entries stay in memory until a checkpoint has them (`compact`); behind it a tail stays on the disk
@@ -83,7 +83,7 @@ class DurableJournal(Journal):  # type: ignore[misc]
         self._bytes = 0
         self._tail = Tail()
         self._term, self._vote = 0, ""
-        self._base: tuple[int, int] | None = None
+        self._expected: tuple[int, int] | None = None  # a snapshot that is about to be installed
         self._pending: list[Record] = []
         self._taken: deque[_Batch] = deque()
         self._written: deque[_Written] = deque()
@@ -142,14 +142,17 @@ class DurableJournal(Journal):  # type: ignore[misc]
         elif kind == b"T":
             self._cut(index)
             self._tail.cut(index)
+        elif kind == b"S":
+            self._expected = (index, term)
         elif kind == b"B":
-            if self._base != (index, term):
-                self._begin_anew(index, term)
+            self._begin_anew(index, term)
         elif kind == b"E":
             if self.last_index and index != self.last_index + 1:
                 raise UserError(f"journal {path}: entry {index} follows {self.last_index}")
             self._tail.append(index, term, Place(segment, offset, len(data), crc32(data)))
-            if index >= checkpointed:
+            if index < checkpointed:
+                self._entries, self._bytes = [], 0  # a base that the checkpoint is beyond
+            else:
                 self._push(data, index, term)
 
     # --- segments (the disk lock is held)
@@ -168,10 +171,7 @@ class DurableJournal(Journal):  # type: ignore[misc]
             self._files.sync_folder(self._folder)
         except OSError as e:
             raise self._fail(e) from None
-        restated = [Record(b"V", 0, self._term, self._vote.encode())]
-        if self._base is not None:
-            restated.append(Record(b"B", *self._base, b""))
-        self._write(restated)
+        self._write([Record(b"V", 0, self._term, self._vote.encode())])
 
     def _fail(self, error: OSError) -> JournalError:
         self._failed = True
@@ -261,8 +261,9 @@ class DurableJournal(Journal):  # type: ignore[misc]
     @property
     def oldest_index(self) -> int:
         """Index of the first entry that is still there, in memory or on the disk."""
-        kept = self._tail.first if self._tail.has(self.first_index) else self.first_index
-        return min(kept, self.first_index)
+        if not self._entries or not len(self._tail):
+            return self._tail.first if len(self._tail) else self.first_index
+        return min(self._tail.first, self.first_index)
 
     @property
     def bytes_kept(self) -> int:
@@ -281,7 +282,6 @@ class DurableJournal(Journal):  # type: ignore[misc]
     def _begin_anew(self, index: int, term: int) -> None:
         self._entries = [(b"\x01", index, term)]
         self._bytes = 1
-        self._base = (index, term)
         self._tail = Tail()
 
     def _note(self, kind: bytes, index: int, term: int, data: bytes = b"") -> None:
@@ -329,12 +329,34 @@ class DurableJournal(Journal):  # type: ignore[misc]
         """Not used: `reset_to` says where the log begins anew."""
         raise RaftfsError("the journal is never emptied")
 
+    def expect(self, index: int, term: int) -> None:
+        """A snapshot up to this entry is about to be installed. Durable on return."""
+        self._note(b"S", index, term)
+        self.sync()
+        self._expected = (index, term)
+
+    def fits(self, index: int, term: int) -> bool:
+        """At start: whether a state after entry `index` belongs to this log. Finishes what a stop
+        between the installation of a snapshot and `reset_to` left undone.
+        """
+        if index == 0:
+            return self.oldest_index <= 1
+        inside = self.oldest_index <= index <= self.last_index
+        if inside and self.term_at(index) == term:
+            return True
+        if self._expected == (index, term):
+            self.reset_to(index, term)
+            return True
+        return False
+
     def reset_to(self, index: int, term: int) -> None:
         """A snapshot up to this entry was installed: the log begins there. Durable on return."""
         self.sync()
         self._begin_anew(index, term)
+        self._expected = None
         with self._disk:
             self._begin_segment()
+            self._write([Record(b"B", index, term, b"")])
             last = self._segments[-1]
         self.durable_index = index
         self.unlink_before(last)

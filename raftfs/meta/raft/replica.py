@@ -13,7 +13,7 @@ owner stops the process. Nothing is served from then on.
 import asyncio
 import time
 import uuid as uuid_module
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +33,7 @@ from raftfs.meta.state.ops_admin import members_after
 from raftfs.wire.auth import ClusterKey
 from raftfs.wire.ops import (
     Batch,
+    Checkpoint,
     Command,
     Digest,
     Found,
@@ -46,6 +47,8 @@ from raftfs.wire.ops import (
 log = structlog.get_logger("raftfs.raft")
 
 _TICK_S = 0.01
+_LOOK_S = 0.2
+_OVERDUE = 3
 _HAND_OVER_S = 0.5
 
 
@@ -62,10 +65,10 @@ class ReplicaConfig(NamedTuple):
     join: bool = False  # come as a learner, in a lost master's place or as a new one; vote later
     checkpoint_rows: int = 50_000  # overlay rows that make a checkpoint due
     checkpoint_every_s: float = 10.0
+    checkpoint_quiet_s: float = 1.0  # nothing new for so long makes one due, too
     tail_entries: int = 100_000  # kept on the disk behind the checkpoint for followers that lag
     tail_bytes: int = 64 << 20
     memory_bytes: int = 64 << 20  # of entries that make a checkpoint due
-    digest_every: int = 2_000
 
 
 class Machine(Protocol):
@@ -73,6 +76,7 @@ class Machine(Protocol):
 
     applied: tuple[int, int]
     checkpointed: tuple[int, int]
+    freezing: tuple[int, int] | None  # the checkpoint that is under way
 
     def apply_entry(self, index: int, term: int, data: bytes) -> list[Applied]:
         """Apply one entry; raises only for bugs."""
@@ -101,8 +105,10 @@ class Machine(Protocol):
     def index_of(self, path: Path) -> tuple[int, int]:
         """Index and term of the state in a file. UserError if it is none."""
 
-    def digest(self) -> bytes:
-        """Of the state now."""
+    digests: Sequence[tuple[int, bytes]]  # index and digest of the last checkpoints
+
+    def tidy(self) -> int:
+        """Free some of what is not used any more; how many rows."""
 
 
 class Replica:
@@ -127,7 +133,11 @@ class Replica:
         self._known_role: tuple[bool, int, str] = (False, 0, "")
         self._known_members: dict[str, bytes] = {}
         self._members_new = False  # not in a checkpoint: the next start would not know them
-        self._digest_index = 0
+        self._frozen = asyncio.Event()  # a checkpoint has begun and must be written
+        self._checkpointed_at = self._loop.time()
+        self._applied_at = 0.0
+        self._checkpoint_asked = 0  # where the log ended when the leader asked for one
+        self._digest_told = 0
         self._membership_asked = 0.0
         self.on_role: list[Callable[[], None]] = []
         self.on_applied: list[Callable[[int, bytes, list[Applied]], None]] = []
@@ -196,20 +206,18 @@ class Replica:
     def _check_journal(self) -> None:
         """State and journal must overlap, or something acknowledged is missing."""
         journal, (index, term) = self._journal, self.machine.checkpointed
-        if index == 0:
-            if journal.oldest_index > 1:
-                raise UserError(
-                    f"{self.config.data_dir}: the journal begins at entry {journal.oldest_index}, "
-                    "but the metadata file is new: it was lost; replace this master"
-                )
+        if journal.fits(index, term):
             return
-        inside = journal.oldest_index <= index <= journal.last_index
-        if not inside or journal.term_at(index) != term:
+        if index == 0:
             raise UserError(
-                f"{self.config.data_dir}: the metadata file is at entry {index}, the journal has "
-                f"{journal.oldest_index} to {journal.last_index}: one of them was lost or "
-                "replaced; replace this master"
+                f"{self.config.data_dir}: the journal begins at entry {journal.oldest_index}, "
+                "but the metadata file is new: it was lost; replace this master"
             )
+        raise UserError(
+            f"{self.config.data_dir}: the metadata file is at entry {index}, the journal has "
+            f"{journal.oldest_index} to {journal.last_index}: one of them was lost or "
+            "replaced; replace this master"
+        )
 
     def _me(self) -> PeerName:
         identity = self._identity
@@ -233,7 +241,6 @@ class Replica:
             self.config.name if self._identity.voter else None, self._others(), self._journal,
             self._links, self._apply, self._offer_snapshot, self.machine.applied[0],
             self._known_members, _read_change,
-            "" if self.config.learner else f"{self.config.name}#{self._identity.uuid.hex()}",
         )  # fmt: skip
         self._links.announce()
 
@@ -362,6 +369,7 @@ class Replica:
     def _on_timer(self) -> None:
         if not self._stopped:
             self._timer = self._loop.call_later(_TICK_S, self._on_timer)
+            self.machine.tidy()
             self._kick()
 
     def _run(self) -> None:
@@ -408,11 +416,13 @@ class Replica:
                 everybody = self._identity.peers | {self.config.name: self._identity.uuid}
                 self._propose_own(Found(uuid, everybody))
             self._promote_joined(core)
-        quiet = core.last_applied == core.journal.last_index
-        if quiet and core.last_applied - self._digest_index >= self.config.digest_every:
-            # Nothing is under way, so the next entry will meet exactly this state.
-            self._digest_index = core.last_applied
-            self._propose_own(Digest(self.machine.digest()))
+        if self._checkpoint_due() and self._checkpoint_asked <= self.machine.checkpointed[0]:
+            self._checkpoint_asked = core.journal.last_index + 1
+            self._propose_own(Checkpoint())
+        index, digest = self.machine.digests[-1]
+        if index == self._checkpoint_asked > self._digest_told:
+            self._digest_told = index
+            self._propose_own(Digest(index, digest))
 
     def _promote_joined(self, core: SafeSyncObj) -> None:
         for node in core.learners:
@@ -432,6 +442,9 @@ class Replica:
         for one in applied:
             if isinstance(one.command.op, Found | MembershipOp):
                 self._loop.call_soon(self._members_changed)
+            if isinstance(one.command.op, Checkpoint) and self.machine.freeze():
+                self._frozen.set()
+        self._applied_at = self._loop.time()
         for callback in self.on_applied:
             callback(index, data, applied)
         return applied
@@ -524,35 +537,53 @@ class Replica:
 
     # --- checkpoints and snapshots
 
+    def _checkpoint_due(self, factor: int = 1) -> bool:
+        """Leader: ask everybody for one? With a factor: is one overdue, so that this node makes its
+        own (its digest cannot be compared then)?
+        """
+        if self._members_new:
+            return True
+        if not self.machine.dirty():
+            return self._journal.bytes_kept > factor * self.config.memory_bytes
+        now = self._loop.time()
+        return (
+            self.machine.dirty() >= factor * self.config.checkpoint_rows
+            or self._journal.bytes_kept > factor * self.config.memory_bytes
+            or now - self._checkpointed_at > factor * self.config.checkpoint_every_s
+            or (factor == 1 and now - self._applied_at > self.config.checkpoint_quiet_s)
+        )
+
     async def _checkpoints(self) -> None:
-        last = time.monotonic()
+        """All replicas freeze at the same entry of the log, so that their digests can be compared.
+        """
         while not self._stopped:
-            await asyncio.sleep(0.2)
-            many = self.machine.dirty() >= self.config.checkpoint_rows
-            large = self._journal.bytes_kept > self.config.memory_bytes
-            old = time.monotonic() - last > self.config.checkpoint_every_s
-            if many or large or old or self._members_new:
-                self._members_new = False
+            try:
+                await asyncio.wait_for(self._frozen.wait(), _LOOK_S)
+            except TimeoutError:
+                if not self._checkpoint_due(_OVERDUE):
+                    continue
+            async with self._checkpoint_lock:
+                self._frozen.clear()
                 await self._checkpoint()
-                last = time.monotonic()
 
     async def _checkpoint(self) -> None:
-        async with self._checkpoint_lock:
-            try:
-                if not self.machine.freeze():
-                    return
-                await self._until_durable(self.machine.applied[0])
-                await asyncio.to_thread(self.machine.write_frozen)
-                self.machine.thaw()
-                index = self.machine.checkpointed[0]
-                needed = self._journal.compact(
-                    index, self.config.tail_entries, self.config.tail_bytes
-                )
-                await asyncio.to_thread(self._journal.unlink_before, needed)
-            except asyncio.CancelledError:
-                raise
-            except Exception as e:
-                self._fail(e)
+        """Write what is frozen, or freeze now."""
+        try:
+            self.machine.freeze()
+            if self.machine.freezing is None:
+                return
+            self._members_new = False
+            await self._until_durable(self.machine.freezing[0])
+            await asyncio.to_thread(self.machine.write_frozen)
+            self.machine.thaw()
+            self._checkpointed_at = self._loop.time()
+            index = self.machine.checkpointed[0]
+            needed = self._journal.compact(index, self.config.tail_entries, self.config.tail_bytes)
+            await asyncio.to_thread(self._journal.unlink_before, needed)
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:
+            self._fail(e)
 
     async def _until_durable(self, index: int) -> None:
         """A checkpoint must not be ahead of the journal: entries may be committed by the others'
@@ -576,6 +607,7 @@ class Replica:
             core = self._core
             if core is None or self._stopped or index <= core.last_applied:
                 return
+            self._journal.expect(index, term)
             self.machine.install(path)
             core.snapshot_installed(index, term)
             self._members_changed()

@@ -104,9 +104,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         applied: int = 1,
         members: Members | None = None,
         read_change: Callable[[bytes, Members], Members] | None = None,
-        learner: str = "",
     ) -> None:
-        """`me` None: a learner, which others call `learner`.
+        """`me` None: a learner.
 
         `apply(index, term, command)` raises only to stop the node.
         `send_snapshot(node)` is called each heartbeat for a node that needs one. `applied`: the
@@ -141,13 +140,13 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
                          transport=transport)  # fmt: skip
         self._transport_ = transport
         self.last_applied = self.commit_index = applied
-        self._learner = learner
         self.configurations = Configurations(
             members or dict.fromkeys([*others, *([me] if me else [])], b"")
         )
         for command, index, _ in journal[:]:
             if index > applied:
                 self._note_change(command, index)
+        self._talk_to_voters()
 
     # --- time passes
 
@@ -232,12 +231,20 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         if command[:1] == MEMBERSHIP:
             before = self.configurations.latest
             self.configurations.propose(index, self._read_change(command[1:], before))
+            self._talk_to_voters()
 
     def set_members(self, members: Members) -> None:
         """The applied state names these voters (name -> identity) from now on."""
         self.configurations.apply(self.last_applied, members)
+        self._talk_to_voters()
+
+    def _talk_to_voters(self) -> None:
+        """Replicate to the voters of every configuration, whichever of them are applied here: one
+        that has come to vote must be kept up to date by a leader that does not know it yet.
+        """
         me = self.selfNode
-        voters = {Node(name) for name in members if me is None or name != me.id}
+        names = self.configurations.names()
+        voters = {Node(name) for name in names if me is None or name != me.id}
         for gone in self.voters - voters:
             for known in (self.match_index, self.next_index, self.last_response):
                 known.pop(gone, None)
@@ -349,6 +356,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
                     invariant(index > self.commit_index, "a committed entry would be cut")
                     self.journal.deleteEntriesFrom(index - self.journal.first_index)
                     self.configurations.cut(index)
+                    self._talk_to_voters()
                 for entry in entries[at:]:
                     self._add(*entry)
                 return
@@ -422,10 +430,6 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
 
     # --- elections
 
-    @property
-    def _may_vote(self) -> bool:
-        return self.selfNode is not None or self.configurations.may_vote(self._learner)
-
     def _electorate(self) -> list[Node]:
         return [Node(n) for n in sorted(self.configurations.electorate()) if n != self.selfNode.id]
 
@@ -443,8 +447,12 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         return bool(self.leader_node is not None and now - self._leader_heard < Timings.low_s)
 
     def _on_vote(self, node: Node, m: Vote) -> None:
-        """As Raft has it, but a node that hears its leader is not to be disturbed (stickiness)."""
-        if not self._may_vote or (not m.transfer and self._has_leader()):
+        """As Raft has it, but a node that hears its leader is not to be disturbed (stickiness).
+
+        A learner votes, too, if it is asked: whoever asks knows of a change that makes it a voter,
+        which it need not know yet. Nobody else counts it.
+        """
+        if not m.transfer and self._has_leader():
             return
         if m.term > self.term:
             self._step_down(m.term)
@@ -468,8 +476,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
 
     def _on_pre_vote(self, node: Node, m: PreVote) -> None:
         granted = (
-            self._may_vote
-            and m.term > self.term
+            m.term > self.term
             and not self._has_leader()
             and self._up_to_date(m)
         )

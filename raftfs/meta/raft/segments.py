@@ -5,7 +5,8 @@
     payload := record*         record := length u32 | kind u8 | index u64 | term u64 | data
 
     kinds: E entry, V term and vote (data: the vote), T truncated from index on,
-           B the log begins anew at (index, term): a snapshot was installed
+           S a snapshot at (index, term) is about to be installed
+           B the log begins anew at (index, term): it was
 """
 
 import os

@@ -51,6 +51,7 @@ _OPS: dict[type, Callable[[Change, Any], Any]] = {
     ops.AddMember: ops_admin.change_members,
     ops.RemoveMember: ops_admin.change_members,
     ops.Digest: ops_admin.digest,
+    ops.Checkpoint: ops_admin.checkpoint,
 }
 
 
@@ -61,17 +62,14 @@ def apply_batch(rows: Rows, index: int, batch: Batch) -> list[Applied]:
     """
     row = rows.get(COUNTERS_KEY)
     tally = Tally(row if isinstance(row, Counters) else NO_COUNTERS)
-    # Before anything changes: a Digest tells of the state before its entry, wherever in it it is.
-    asked = any(type(command.op) is ops.Digest for command in batch.commands)
-    digest = rows.digest() if asked else b""
-    applied = [_apply(rows, tally, batch.time, digest, command) for command in batch.commands]
+    applied = [_apply(rows, tally, batch.time, command) for command in batch.commands]
     now = tally.row()
     if now != row:
         rows.put(COUNTERS_KEY, now)
     return applied
 
 
-def _apply(rows: Rows, tally: Tally, now: int, digest: bytes, command: Command) -> Applied:
+def _apply(rows: Rows, tally: Tally, now: int, command: Command) -> Applied:
     session, seq = command.session, command.seq
     slot = b""
     if session:
@@ -84,7 +82,7 @@ def _apply(rows: Rows, tally: Tally, now: int, digest: bytes, command: Command) 
                 return Applied(0, command, Result(0, kept.value))
             if isinstance(kept, ResultRow) and kept.seq > seq:
                 return Applied(0, command, Result(Status.STALE_SEQ))
-    change = Change(rows, tally, now, session, digest)
+    change = Change(rows, tally, now, session)
     try:
         value = encode(_OPS[type(command.op)](change, command.op))
     except ReplyError as refused:

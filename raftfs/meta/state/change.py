@@ -41,13 +41,10 @@ class Tally:
 class Change:
     """The context of one operation."""
 
-    __slots__ = ("digest", "no_line", "now", "rows", "session", "tally")
+    __slots__ = ("no_line", "now", "rows", "session", "tally")
 
-    def __init__(
-        self, rows: Rows, tally: Tally, now: int, session: int, digest: bytes = b""
-    ) -> None:
+    def __init__(self, rows: Rows, tally: Tally, now: int, session: int) -> None:
         self.rows, self.tally, self.now, self.session = rows, tally, now, session
-        self.digest = digest  # of the state before the entry, if the entry asks for it
         self.no_line = False  # the command changed nothing: its line would tell nothing
 
     # --- lookups, each refusing what is not there

@@ -119,7 +119,8 @@ _FORMS = (
     _Form(ops.ReplaceMember, "MEMBER", ("name", "uuid")),
     _Form(ops.AddMember, "MEMBERADD", ("name", "uuid")),
     _Form(ops.RemoveMember, "MEMBERDEL", ("name",)),
-    _Form(ops.Digest, "DIGEST", ("value",)),
+    _Form(ops.Digest, "DIGEST", ("index", "value")),
+    _Form(ops.Checkpoint, "CHECKPOINT", ()),
 )  # fmt: skip
 
 _BY_OP = {form.op: form for form in _FORMS}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sortedcontainers import SortedDict
 
-from raftfs.meta.state import digest
+from raftfs.meta.state import digest as digests
 from raftfs.meta.state.model import Row
 
 
@@ -13,6 +13,7 @@ class DictRows:
 
     def __init__(self) -> None:
         self.rows: SortedDict = SortedDict()
+        self.checkpoints: dict[int, bytes] = {}  # index -> digest
 
     def get(self, key: bytes) -> Row | None:
         """As `Rows.get`."""
@@ -35,9 +36,13 @@ class DictRows:
                 return
             yield key, self.rows[key]
 
+    def compare_digest(self, index: int, digest: bytes) -> None:
+        """As `Rows.compare_digest`; checkpoints are what was put into `checkpoints`."""
+        digests.compare(self.checkpoints.get(index), index, digest)
+
     def digest(self) -> bytes:
-        """As `Rows.digest`."""
-        total = digest.EMPTY
+        """Of all rows as they are."""
+        total = digests.EMPTY
         for key, row in self.rows.items():
-            total = digest.change(total, key, None, digest.encode_row(row))
-        return digest.to_bytes(total)
+            total = digests.change(total, key, None, digests.encode_row(row))
+        return digests.to_bytes(total)

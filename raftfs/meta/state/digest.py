@@ -6,6 +6,7 @@ hash, add the new one's.
 
 import hashlib
 
+from raftfs.errors import invariant
 from raftfs.meta.state.model import Row
 from raftfs.wire.frame import encode
 
@@ -38,3 +39,13 @@ def change(total: int, key: bytes, old: bytes | None, new: bytes | None) -> int:
 def to_bytes(total: int) -> bytes:
     """A digest as 16 bytes."""
     return total.to_bytes(16, "big")
+
+
+def compare(mine: bytes | None, index: int, leaders: bytes) -> None:
+    """InvariantError if this replica's checkpoint after entry `index` is not the leader's."""
+    if mine is not None:
+        invariant(
+            mine == leaders,
+            f"this replica's state after entry {index} differs from the leader's: {mine.hex()} is "
+            f"not {leaders.hex()}; replace this master (raftfs cluster replace)",
+        )

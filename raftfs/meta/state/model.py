@@ -178,8 +178,10 @@ class Rows(Protocol):
         scan is under way, except those already given.
         """
 
-    def digest(self) -> bytes:
-        """The digest (16 bytes) of all rows as they are."""
+    def compare_digest(self, index: int, digest: bytes) -> None:
+        """InvariantError if the checkpoint after entry `index` has another digest here; one that is
+        still being made is compared later, one that was never made never.
+        """
 
 
 def node_key(inode: int) -> bytes:

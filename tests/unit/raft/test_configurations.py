@@ -46,7 +46,6 @@ def test_who_is_to_become_a_voter_is_known_by_both_of_its_names() -> None:
     c = Configurations(members("abc"))
     c.propose(5, members("abcd"))
     assert c.agree({A, B, D}) and c.agree({A, B, "d#31"}) and not c.agree({A, B, "d#32"})
-    assert c.may_vote("d#31") and not c.may_vote("d#32") and not c.may_vote("e#31")
     assert c.electorate() == {A, B, C, D, "d#31"}
 
 

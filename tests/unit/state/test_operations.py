@@ -254,6 +254,10 @@ def test_a_refusal_is_not_remembered_and_unknown_sessions_are_told(c: Cluster) -
 
 
 def test_digest_of_another_state_stops_the_replica(c: Cluster) -> None:
-    assert c.apply(ops.Digest(c.rows.digest()), session=0).result.status == 0
-    with pytest.raises(InvariantError):
-        c.apply(ops.Digest(b"x" * 16), session=0)
+    c.do(ops.Checkpoint(), session=0)
+    at, digest = c.index, c.rows.digest()
+    c.rows.checkpoints[at] = digest
+    assert c.apply(ops.Digest(at - 1, b"x" * 16), session=0).result.status == 0, "not known here"
+    assert c.apply(ops.Digest(at, digest), session=0).result.status == 0
+    with pytest.raises(InvariantError, match="differs from the leader's"):
+        c.apply(ops.Digest(at, b"x" * 16), session=0)
