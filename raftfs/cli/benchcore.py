@@ -109,7 +109,7 @@ def measure(folder: Path | None, seconds: float, profile: Path | None = None) ->
         raise UserError(f"{e.filename} cannot be used: {e.strerror}; give a --dir") from None
     try:
         ClusterKey.generate(made / "key")
-        peers = ",".join(f"127.0.0.1:{port}" for port in _free_ports(3))
+        peers = ",".join(f"127.0.0.1:{port}" for port in free_ports(3))
         with _replicas(made, peers, seconds, profile) as children:
             try:
                 return _report(children, seconds)
@@ -124,7 +124,8 @@ def _last_words(folder: Path) -> str:
     return " / ".join(said[-3:]) or "nothing"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:

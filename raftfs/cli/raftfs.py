@@ -16,6 +16,7 @@ COMMANDS = {
     "status": ("status", "who leads, what is connected, how healthy it is"),
     "bench": ("bench", "measure a mounted tree beside the local disk"),
     "bench-core": ("benchcore", "measure three replicas without anything around them"),
+    "bench-store": ("benchstore", "measure a master that holds many files"),
     "keygen": ("", "write a new cluster key to a file"),
     "getgoal": ("mfsgetgoal", "show goals (mfsgetgoal)"),
     "setgoal": ("mfssetgoal", "change goals (mfssetgoal)"),
