@@ -71,27 +71,41 @@ class Configurations:
 
     def electorate(self) -> set[str]:
         """Every voter of every configuration, under each name by which it may be connected."""
-        found = set(self._applied)
-        for _, members in self._coming:
+        found = set()
+        for members in self._members():
             for name, identity in members.items():
-                if self._applied.get(name) not in (identity, b""):
-                    found |= {name, f"{name}#{identity.hex()}"}
+                found |= {name, f"{name}#{identity.hex()}"}
         return found
+
+    def reached_before(self, numbers: dict[str, int]) -> int:
+        """The highest number that a majority of the applied configuration alone has reached."""
+        return self._reached(self._names(self._applied), numbers)
+
+    def is_coming(self, node: str) -> bool:
+        """Whether a change in the log makes this learner a voter."""
+        name, _, identity = node.partition("#")
+        return any(m.get(name, b"").hex() == identity for _, m in self._coming)
 
     def names(self) -> set[str]:
         """Names of the voters of every configuration."""
-        return {name for _, m in [(0, self._applied), *self._coming] for name in m}
+        return {name for members in self._members() for name in members}
 
     def _voter(self, node: str) -> str:
-        """A learner that a change makes a voter under a new name is already called so."""
+        """A learner that is a voter, which it need not know yet, is called by the voter's name; but
+        not while another identity votes under that name.
+        """
         name, _, identity = node.partition("#")
-        if identity and name not in self._applied:
-            named = any(m.get(name, b"").hex() == identity for _, m in self._coming)
-            return name if named else node
-        return node
+        if not identity:
+            return node
+        if name in self._applied:
+            return name if self._applied[name].hex() == identity else node
+        return name if self.is_coming(node) else node
+
+    def _members(self) -> list[Members]:
+        return [self._applied, *(m for _, m in self._coming)]
 
     def _all(self) -> list[set[str]]:
-        return [self._names(m) for m in (self._applied, *(m for _, m in self._coming))]
+        return [self._names(m) for m in self._members()]
 
     def _names(self, members: Members) -> set[str]:
         return {

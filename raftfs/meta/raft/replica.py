@@ -276,6 +276,8 @@ class Replica:
             log.error("replica stops", reason=str(error), exc_info=error)
             self._stopped = True
             self.failed.set_exception(error)
+            if self._core is not None:
+                self._core.resign()  # whoever waits here is told to ask elsewhere
 
     # --- who may connect
 

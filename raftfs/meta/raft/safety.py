@@ -208,9 +208,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
 
         This node counts itself with what is on its own disk; that may be behind the others'.
         """
-        have = {n.id: i for n, i in self.match_index.items()}
-        have[self.selfNode.id] = self.journal.durable_index
-        index = min(self.configurations.reached(have), self.journal.last_index)
+        reached = self.configurations.reached(self._durable_at())
+        index = min(reached, self.journal.last_index)
         if index > self.commit_index and self.journal.term_at(index) == self.term:
             self.commit_index = index
 
@@ -428,6 +427,11 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         self.leader_node = None
         self._SyncObj__setState(FOLLOWER)
 
+    def resign(self) -> None:
+        """Lead no more; what waits is told that its outcome is unknown."""
+        if self.state == LEADER:
+            self._step_down(self.term)
+
     # --- elections
 
     def _electorate(self) -> list[Node]:
@@ -551,12 +555,13 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
                 self._send_entries(node)
 
     def _send_entries(self, node: Node) -> None:
-        last = self.journal.last_index
+        last = self._may_have(node)
         sent = False
         while True:
             at = self.next_index[node]
             in_window = at - self.match_index[node] < WINDOW_ENTRIES or not sent
             entries = self.journal.entries_from(at, APPEND_BYTES) if in_window else []
+            del entries[max(0, last + 1 - at) :]
             if sent and not entries:
                 return
             prev = at - 1
@@ -572,6 +577,24 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             # Until the node has matched once, one message is a question, more would be noise.
             if self.next_index[node] > last or not self.match_index[node]:
                 return
+
+    def _may_have(self, node: Node) -> int:
+        """The last entry that a node may get: of learners only what is committed. One that a change
+        on its way makes a voter counts for the commit, so it gets more; but what it has, a
+        majority of those before it must have: it cannot lead yet, and were it ahead of all who
+        can, it could vote for none of them.
+        """
+        if node not in self.learners:
+            return int(self.journal.last_index)
+        if not self.configurations.is_coming(node.id):
+            return int(self.commit_index)
+        return max(self.commit_index, self.configurations.reached_before(self._durable_at()))
+
+    def _durable_at(self) -> dict[str, int]:
+        """How far each node's disk has the log, as the leader knows."""
+        have = {n.id: i for n, i in self.match_index.items()}
+        have[self.selfNode.id] = self.journal.durable_index
+        return have
 
     def snapshot_installed(self, index: int, term: int) -> None:
         """Follower: the state is now that at (index, term); the log begins there."""

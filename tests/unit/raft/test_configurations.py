@@ -46,7 +46,10 @@ def test_who_is_to_become_a_voter_is_known_by_both_of_its_names() -> None:
     c = Configurations(members("abc"))
     c.propose(5, members("abcd"))
     assert c.agree({A, B, D}) and c.agree({A, B, "d#31"}) and not c.agree({A, B, "d#32"})
-    assert c.electorate() == {A, B, C, D, "d#31"}
+    assert c.electorate() == {A, B, C, D, "a#31", "b#31", "c#31", "d#31"}
+    c.apply(5, members("abcd"))
+    assert c.agree({A, B, "d#31"}), "it was made a voter and does not know yet"
+    assert not c.agree({A, B, "d#32"})
 
 
 def test_a_change_that_is_cut_from_the_log_counts_no_more() -> None:

@@ -1,0 +1,184 @@
+"""Three real replicas in one event loop, on real sockets and disks, when one of them goes wrong."""
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from raftfs.cli.benchcore import free_ports
+from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown
+from raftfs.meta.raft.journal import JournalError
+from raftfs.meta.raft.replica import Replica, ReplicaConfig
+from raftfs.meta.raft.segments import Files
+from raftfs.meta.state.apply import Applied
+from raftfs.meta.store import MetaStore
+from raftfs.wire import ops
+from raftfs.wire.auth import ClusterKey
+from raftfs.wire.ops import Batch, Command, encode_batch
+
+KEY = ClusterKey(b"k" * 32)
+_names = itertools.count()
+
+
+class SickFiles(Files):
+    """A disk whose syncs take `delay_s`, or fail with `error`."""
+
+    def __init__(self) -> None:
+        self.delay_s = 0.0
+        self.error: OSError | None = None
+        self.slow_syncs = 0
+
+    def sync(self, handle: Any) -> None:
+        """As the disk is."""
+        if self.error is not None:
+            raise self.error
+        if self.delay_s:
+            assert threading.current_thread() is not threading.main_thread(), "the loop waits"
+            self.slow_syncs += 1
+            time.sleep(self.delay_s)
+        super().sync(handle)
+
+
+class Trio:
+    """The replicas by number; `stores` and `files` likewise."""
+
+    def __init__(self, folder: Path) -> None:
+        peers = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+        self.files = [SickFiles() for _ in peers]
+        self.stores = [MetaStore(folder / f"{n}" / "state.mdb") for n in range(3)]
+        self.replicas = [
+            Replica(ReplicaConfig(name, peers, folder / f"{n}", checkpoint_quiet_s=0.2),
+                    self.stores[n], KEY)
+            for n, name in enumerate(peers)
+        ]  # fmt: skip
+
+    def leader(self) -> int | None:
+        """The number of the one that leads."""
+        found = [n for n, r in enumerate(self.replicas) if r.is_leader and not r.failed.done()]
+        return found[0] if found else None
+
+    async def until(self, true: Callable[[], Any], what: str, timeout_s: float = 20.0) -> None:
+        limit = time.monotonic() + timeout_s
+        while not true():
+            assert time.monotonic() < limit, f"{what}: not within {timeout_s} s"
+            await asyncio.sleep(0.02)
+
+    async def mkdir(self) -> list[Applied]:
+        """Commit one, whoever leads."""
+        name = b"dir%d" % next(_names)
+        op = ops.Create(1, name, ops.NodeType.DIR, 0o755, 0, 0, 0)
+        while True:
+            await self.until(lambda: self.leader() is not None, "a leader")
+            number = self.leader()
+            assert number is not None
+            try:
+                batch = encode_batch(Batch(time.time_ns(), [Command(0, 0, op)]))
+                return await self.replicas[number].submit(batch)
+            except (NotLeader, OutcomeUnknown):
+                await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def trio(folder: Path) -> AsyncIterator[Trio]:
+    made = Trio(folder)
+    await asyncio.gather(*(r.start() for r in made.replicas))
+    for replica, files in zip(made.replicas, made.files, strict=True):
+        replica._journal._files = files
+    try:
+        await made.until(lambda: all(s.members() for s in made.stores), "the founding")
+        yield made
+    finally:
+        await asyncio.gather(*(r.stop() for r in made.replicas), return_exceptions=True)
+        for store in made.stores:
+            store.close()
+
+
+def run(story: Awaitable[None]) -> None:
+    asyncio.run(story)  # type: ignore[arg-type]
+
+
+def test_a_replica_that_differs_stops_and_the_others_go_on(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            wrong = (leader + 1) % 3
+            store, original = t.stores[wrong], t.stores[wrong].put
+            store.put = (  # type: ignore[method-assign]
+                lambda key, row: original(key, row) if b"dir" not in key else None
+            )
+            await t.mkdir()
+            await t.until(t.replicas[wrong].failed.done, "the alarm")
+            error = t.replicas[wrong].failed.exception()
+            assert isinstance(error, InvariantError) and "differs from the leader's" in str(error)
+            before = t.stores[leader].applied[0]
+            for _ in range(5):
+                assert (await t.mkdir())[0].result.status == 0
+            assert t.stores[leader].applied[0] > before
+            healthy = 3 - leader - wrong
+            await t.until(
+                lambda: t.stores[healthy].applied == t.stores[leader].applied, "the other one"
+            )
+            assert not t.replicas[healthy].failed.done()
+
+    run(story())
+
+
+def test_checkpoints_are_made_at_one_entry_and_agree(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            for _ in range(3):
+                await t.mkdir()
+
+                def common() -> set[tuple[int, bytes]]:
+                    return set.intersection(*(set(s.digests) for s in t.stores))
+
+                known = len(common())
+                await t.until(lambda known=known: len(common()) > known, "a common checkpoint")
+            at_once = {s.digest() for s in t.stores}
+            assert len(at_once) == 1
+
+    run(story())
+
+
+def test_a_leader_with_a_slow_disk_goes_on_with_those_of_the_others(tmp_path: Path) -> None:
+    """An fdatasync of two seconds: neither its office nor a commit waits for it."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            term = t.replicas[leader].term
+            t.files[leader].delay_s = 2.0
+            for _ in range(20):
+                await t.mkdir()
+            assert t.files[leader].slow_syncs == 1, "all this happened within one sync"
+            assert t.replicas[leader]._journal.durable_index < t.stores[leader].applied[0]
+            assert (t.leader(), t.replicas[leader].term) == (leader, term)
+            t.files[leader].delay_s = 0.0
+
+    run(story())
+
+
+def test_a_leader_whose_disk_fails_stops_and_another_one_leads(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            t.files[leader].error = OSError(28, "No space left on device")
+            await t.mkdir()
+            await t.until(t.replicas[leader].failed.done, "the end of the leader")
+            error = t.replicas[leader].failed.exception()
+            assert isinstance(error, JournalError) and "No space left" in str(error)
+            await t.mkdir()
+            assert t.leader() not in (None, leader)
+            t.files[leader].error = None
+
+    run(story())
