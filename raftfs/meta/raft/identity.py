@@ -8,6 +8,7 @@ of all peers before it takes part in anything, and refuses a known name with ano
 
 import os
 import uuid as uuid_module
+from collections.abc import Callable
 from pathlib import Path
 
 import cbor2
@@ -16,6 +17,11 @@ from raftfs.errors import UserError
 from raftfs.wire.frame import crc32
 
 _FORMAT = 1
+
+
+def random_uuid() -> bytes:
+    """16 random bytes."""
+    return uuid_module.uuid4().bytes
 
 
 class Identity:
@@ -31,12 +37,19 @@ class Identity:
         self.peers = peers
 
     @classmethod
-    def load_or_create(cls, path: Path, name: str, *, voter: bool) -> "Identity":
+    def load_or_create(
+        cls,
+        path: Path,
+        name: str,
+        new_uuid: Callable[[], bytes] = random_uuid,
+        *,
+        voter: bool,
+    ) -> "Identity":
         """The identity in the file, or a new one. UserError if the file is damaged or foreign."""
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
-            identity = cls(path, name, uuid_module.uuid4().bytes, voter, {})
+            identity = cls(path, name, new_uuid(), voter, {})
             identity.save()
             return identity
         except OSError as e:

@@ -35,14 +35,16 @@ class Links(Transport):  # type: ignore[misc]
         refusal: Callable[[PeerName], Refused | None],
         receive: Callable[[Node, Any], None],
         refused: Callable[[str, str, bool], None],
+        wire: Any = rpc,
     ) -> None:
         """`refusal(peer)` gives why a peer must stay out, or None. `refused(peer, reason, removed)`
-        is called when they keep us out.
+        is called when they keep us out. `wire` has `serve` and `connect` as `raftfs.wire.rpc` has.
         """
         super().__init__(None, None, [])
         self.me = me
         self._peers = peers
         self._key = key
+        self._wire = wire
         self._refusal = refusal
         self._receive = receive
         self._refused = refused
@@ -79,7 +81,7 @@ class Links(Transport):  # type: ignore[misc]
         host, colon, port = self.me.name.rpartition(":")
         if colon:  # a learner's name is no address: nobody dials it
             try:
-                self._server = await rpc.serve(
+                self._server = await self._wire.serve(
                     host, int(port), incoming=Message, handler=self._message, key=self._key,
                     role="replica", name=self.me.pack(), on_open=self._opened,
                     on_close=self._closed,
@@ -133,7 +135,7 @@ class Links(Transport):  # type: ignore[misc]
         host, _, port = peer.rpartition(":")
         while True:
             try:
-                link = await rpc.connect(
+                link = await self._wire.connect(
                     host, int(port), incoming=Message, handler=self._message, key=self._key,
                     role="replica", name=self.me.pack(), timeout_s=_DIAL_TIMEOUT_S,
                     on_close=self._closed,

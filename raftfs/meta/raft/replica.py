@@ -11,8 +11,6 @@ owner stops the process. Nothing is served from then on.
 """
 
 import asyncio
-import time
-import uuid as uuid_module
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +25,7 @@ from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.messages import PeerName, Refused, SnapshotNext, SnapshotPiece
 from raftfs.meta.raft.safety import LEADER, SafeSyncObj
 from raftfs.meta.raft.snapshot import SnapshotReceiver, SnapshotSender
+from raftfs.meta.raft.surroundings import Surroundings
 from raftfs.meta.raft.syncer import Syncer
 from raftfs.meta.state.apply import Applied
 from raftfs.meta.state.ops_admin import members_after
@@ -114,8 +113,15 @@ class Machine(Protocol):
 class Replica:
     """A member of the cluster, or a learner."""
 
-    def __init__(self, config: ReplicaConfig, machine: Machine, key: ClusterKey) -> None:
+    def __init__(
+        self,
+        config: ReplicaConfig,
+        machine: Machine,
+        key: ClusterKey,
+        around: Surroundings | None = None,
+    ) -> None:
         _check_peers(config)
+        self._around = around or Surroundings()
         self.config = config
         self.machine = machine
         self._key = key
@@ -150,25 +156,26 @@ class Replica:
         folder = self.config.data_dir
         voter = not (self.config.learner or self.config.join)
         self._identity = Identity.load_or_create(
-            folder / "identity.cbor", self.config.name, voter=voter
+            folder / "identity.cbor", self.config.name, self._around.new_uuid, voter=voter
         )
         if self._identity.voter != voter and self.config.join:
             log.info("already a master; --replace and --join are not needed any more")
         self._journal = DurableJournal(
-            folder / "journal", checkpointed=self.machine.checkpointed[0]
-        )
+            folder / "journal", self._around.files, self._around.segment_bytes,
+            self.machine.checkpointed[0],
+        )  # fmt: skip
         self._check_journal()
         self._known_members = self.machine.members()
         self._check_members()
         self._sender = SnapshotSender(
-            folder, self.machine.copy_to, self._send, self._snapshot_taken
+            folder, self.machine.copy_to, self._send, self._snapshot_taken, self._around.wall_ns()
         )
         self._receiver = SnapshotReceiver(
             folder, lambda: self.machine.applied[0], self._install, self._send
         )
         await self._open_links()
         await self._meet_everybody()
-        self._syncer = Syncer(self._journal, self._synced)
+        self._syncer = self._around.syncer(self._journal, self._synced)
         self._make_core()
         self._tasks.append(asyncio.ensure_future(self._checkpoints()))
         self._on_timer()
@@ -225,7 +232,7 @@ class Replica:
         return PeerName(identity.name, identity.uuid, identity.voter, joining)
 
     async def _open_links(self) -> None:
-        self._links = Links(
+        self._links = self._around.links(
             self._me(), self._names(), self._key, self._refusal, self._received,
             self._refused,
         )  # fmt: skip
@@ -264,10 +271,10 @@ class Replica:
 
     async def _hand_over(self) -> None:
         assert self._core is not None
-        until = time.monotonic() + _HAND_OVER_S
+        until = self._loop.time() + _HAND_OVER_S
         if self._core.hand_over() is None:
             return
-        while self._core.state == LEADER and time.monotonic() < until:
+        while self._core.state == LEADER and self._loop.time() < until:
             await asyncio.sleep(_TICK_S)
 
     def _fail(self, error: BaseException) -> None:
@@ -410,11 +417,11 @@ class Replica:
                 callback()
 
     def _lead(self, core: SafeSyncObj) -> None:
-        now = time.monotonic()
+        now = self._loop.time()
         if now - self._membership_asked > 1.0:
             self._membership_asked = now
             if not self._known_members:
-                uuid = uuid_module.uuid4().bytes
+                uuid = self._around.new_uuid()
                 everybody = self._identity.peers | {self.config.name: self._identity.uuid}
                 self._propose_own(Found(uuid, everybody))
             self._promote_joined(core)
@@ -437,7 +444,10 @@ class Replica:
                 _forget(self.change_members(ReplaceMember(name, bytes.fromhex(uuid))))
 
     def _propose_own(self, op: Op) -> None:
-        _forget(self.submit(_own_batch(op)))
+        _forget(self.submit(self._own_batch(op)))
+
+    def _own_batch(self, op: Op) -> bytes:
+        return encode_batch(Batch(self._around.wall_ns(), [Command(0, 0, op)]))
 
     def _apply(self, index: int, term: int, data: bytes) -> list[Applied]:
         applied = self.machine.apply_entry(index, term, data)
@@ -492,7 +502,7 @@ class Replica:
         core = self._leading()
         if core.configurations.changing:
             raise ReplyError(Status.BUSY)
-        return self._submit(core.change_members, _own_batch(op))
+        return self._submit(core.change_members, self._own_batch(op))
 
     def _leading(self) -> SafeSyncObj:
         core = self._core
@@ -679,10 +689,6 @@ class Replica:
 
 def _removed(name: str) -> str:
     return f"master {name} was removed from the cluster"
-
-
-def _own_batch(op: Op) -> bytes:
-    return encode_batch(Batch(time.time_ns(), [Command(0, 0, op)]))
 
 
 def _forget(future: "asyncio.Future[Any]") -> None:

@@ -8,7 +8,6 @@ a newer one.
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,10 @@ _SILENT_S = 2.0  # then the pieces since the last answer are sent again
 _GIVE_UP_S = 60.0
 
 
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
 class _Transfer:
     """One copy on its way to one node."""
 
@@ -37,7 +40,7 @@ class _Transfer:
         self.index = self.term = self.total = 0
         self.ready = False
         self.wanted = self.sent = 0
-        self.heard = time.monotonic()
+        self.heard = _now()
 
 
 class SnapshotSender:
@@ -49,13 +52,15 @@ class SnapshotSender:
         copy_to: Callable[[Path], tuple[int, int]],
         send: Callable[[Node, Any], bool],
         installed: Callable[[Node, int], None],
+        first_ident: int,
     ) -> None:
+        """`first_ident`: transfers are numbered from here on; no earlier process used these."""
         self._folder = folder
         self._copy_to = copy_to
         self._send = send
         self._installed = installed
         self._transfers: dict[str, _Transfer] = {}
-        self._idents = time.time_ns()
+        self._idents = first_ident
         self._tasks: set[asyncio.Task[None]] = set()
         self.term = 0
 
@@ -69,9 +74,9 @@ class SnapshotSender:
             task = asyncio.ensure_future(self._prepare(node, transfer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        elif transfer.ready and time.monotonic() - transfer.heard > _GIVE_UP_S:
+        elif transfer.ready and _now() - transfer.heard > _GIVE_UP_S:
             self._drop(node)
-        elif transfer.ready and time.monotonic() - transfer.heard > _SILENT_S:
+        elif transfer.ready and _now() - transfer.heard > _SILENT_S:
             transfer.sent = transfer.wanted
             self._push(node, transfer)
 
@@ -82,7 +87,7 @@ class SnapshotSender:
             log.warning("snapshot not made", node=node.id, reason=str(e))
             self._drop(node)
             return
-        transfer.ready, transfer.heard = True, time.monotonic()
+        transfer.ready, transfer.heard = True, _now()
         log.info("snapshot begins", node=node.id, index=transfer.index, bytes=transfer.total)
         self._push(node, transfer)
 
@@ -116,7 +121,7 @@ class SnapshotSender:
         transfer = self._transfers.get(node.id)
         if transfer is None or transfer.ident != m.ident:
             return
-        transfer.heard = time.monotonic()
+        transfer.heard = _now()
         if m.offset < 0:
             log.info("snapshot installed", node=node.id, index=transfer.index)
             self._installed(node, transfer.index)
