@@ -588,7 +588,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             return int(self.journal.last_index)
         if not self.configurations.is_coming(node.id):
             return int(self.commit_index)
-        return max(self.commit_index, self.configurations.reached_before(self._durable_at()))
+        before = self.configurations.reached_before(self._durable_at())
+        return max(int(self.commit_index), before)
 
     def _durable_at(self) -> dict[str, int]:
         """How far each node's disk has the log, as the leader knows."""
