@@ -141,19 +141,18 @@ class Masters:
         return False
 
     async def _enlist(self, link: Link) -> bool:
-        term = self._known.term
-
         def outdated() -> bool:
             return self._known.term > term and self._first() is not link
 
+        term = self._known.term
         attempt = asyncio.ensure_future(self.session.register(link))
         news = asyncio.ensure_future(self._news.wait())
         try:
             while not attempt.done():
                 await asyncio.wait([attempt, news], return_when=asyncio.FIRST_COMPLETED)
-                if not attempt.done() and outdated():
-                    return False  # a newer leader: do not wait for this one
                 if news.done() and not attempt.done():
+                    if self._first() not in (None, link):
+                        return False  # another one leads, and says so: do not wait for this one
                     self._news.clear()
                     news = asyncio.ensure_future(self._news.wait())
             attempt.result()
@@ -241,6 +240,8 @@ class Masters:
 
     def _learn(self, leader: m.Leader) -> None:
         known = self._known
+        if leader.term == known.term and leader.name == known.name and self.leader is None:
+            self._news.set()  # it was asked before it could lead; now it can
         if leader.term < known.term or (leader.term == known.term and known.name):
             return
         self._known = leader

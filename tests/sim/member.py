@@ -116,7 +116,7 @@ class Member:
         if not len(self.journal):
             self.journal.add(b"\x01", 1, 0)
         self.commands, self.members = list(state.commands), dict(state.members)
-        self._members_applied = False
+        self._members_applied = self._members_new = False
         self._saved_at = self.world.now
         self._write_at: float | None = None
         self._snapshot_at: dict[str, float] = {}
@@ -184,7 +184,12 @@ class Member:
         if self._members_applied:
             self._members_applied = False
             core.set_members(self.members)
-        if not self.voter and self.members.get(self.name) == self.uuid:
+            self._members_new = True
+        # Who votes must be in a checkpoint at once: a restart could not tell whether a change that
+        # is only in the log is committed, and would ask for majorities of those that are gone.
+        if self._members_new:
+            self._save(core.last_applied)
+        if not self.voter and self.checkpoint.members.get(self.name) == self.uuid:
             self.voter = True
             self.world.seen["learner votes"] += 1
             self.world.disconnect(self)
@@ -200,6 +205,7 @@ class Member:
         if self.journal.durable_index < index:
             return
         self._saved_at = self.world.now
+        self._members_new = False
         term = self.journal.term_at(index)
         self.checkpoint = Checkpoint(index, term, list(self.commands), dict(self.members))
         self.journal.unlink_before(self.journal.compact(index, KEEP_ENTRIES, 100_000))

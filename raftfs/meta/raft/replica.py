@@ -139,6 +139,7 @@ class Replica:
         self._known_role: tuple[bool, int, str] = (False, 0, "")
         self._known_members: dict[str, bytes] = {}
         self._members_new = False  # not in a checkpoint: the next start would not know them
+        self._promoting = False
         self._frozen = asyncio.Event()  # a checkpoint has begun and must be written
         self._checkpointed_at = self._loop.time()
         self._applied_at = 0.0
@@ -166,6 +167,8 @@ class Replica:
         )  # fmt: skip
         self._check_journal()
         self._known_members = self.machine.members()
+        if self._known_members.get(self.config.name) == self._identity.uuid:
+            self._identity.promote()  # a stop came between the checkpoint that says so and this
         self._check_members()
         self._sender = SnapshotSender(
             folder, self.machine.copy_to, self._send, self._snapshot_taken, self._around.wall_ns()
@@ -473,7 +476,8 @@ class Replica:
             if name != self.config.name and self._identity.peers.get(name) != uuid:
                 self._identity.learn(name, uuid)
         mine = self._known_members.get(self.config.name) == self._identity.uuid
-        if mine and not self._identity.voter:
+        if mine and not self._identity.voter and not self._promoting:
+            self._promoting = True
             self._tasks.append(asyncio.ensure_future(self._become_voter()))
         elif self._identity.voter and self._known_members and not mine:
             masters = ",".join(sorted(self._known_members))
@@ -483,11 +487,21 @@ class Replica:
             self._links.set_peers(self._names())
 
     async def _become_voter(self) -> None:
+        """Vote under the name from now on. Not before the change is in a checkpoint: after a restart
+        the log alone could not tell whether it was committed.
+        """
+        index = self.machine.applied[0]
+        async with self._checkpoint_lock:
+            while self.machine.checkpointed[0] < index and not self._stopped:
+                await self._checkpoint()
+        if self._stopped:
+            return
         log.info("this replica votes from now on", name=self.config.name)
         assert self._links is not None
         self._core = None
         await self._links.stop()
         self._identity.promote()
+        self._promoting = False
         await self._open_links()
         self._make_core()
 

@@ -259,3 +259,21 @@ def test_no_master_is_one_sentence() -> None:
         await meta.close()
 
     run(test)
+
+
+def test_a_leader_that_was_asked_too_early_is_asked_again_when_it_leads() -> None:
+    """A follower names the new leader before that can serve; meanwhile the old one hangs."""
+
+    async def test() -> None:
+        async with client() as (cluster, meta):
+            masters = cluster.masters
+            masters.masters[0].silent = True
+            task = asyncio.ensure_future(meta.mutate(make(b"x")))
+            await asyncio.sleep(0.02)
+            masters.elect(1, ready=False)
+            await asyncio.sleep(0.3)  # it was asked, and so was the silent one
+            assert not task.done()
+            masters.ready(1)
+            await asyncio.wait_for(task, 1.0)
+
+    run(test)

@@ -162,7 +162,7 @@ class FakeMaster:
                 return self._challenges[link]
             case m.Keepalive():
                 return None
-        if cluster.leading != self.number:
+        if cluster.leading != self.number or not cluster.serves:
             raise ReplyError(Status.NOT_LEADER, encode(cluster.leader()))
         match ask:
             case m.Register():
@@ -236,6 +236,7 @@ class FakeMasters:
         self.password = password
         self.masters = [FakeMaster(self, n) for n in range(count)]
         self.leading: int | None = 0
+        self.serves = True
         self.term = 1
         self.faults: list[Any] = []  # callables ask -> answer or None, tried in order
 
@@ -257,14 +258,26 @@ class FakeMasters:
             self.term, f"m{self.leading}", f"127.0.0.1:{self.masters[self.leading].port}"
         )
 
-    def elect(self, number: int | None) -> None:
-        """A new term with this leader; everybody alive announces it."""
+    def elect(self, number: int | None, *, ready: bool = True) -> None:
+        """A new term with this leader; everybody alive announces it. Not `ready`: it refuses yet,
+        and only the others know.
+        """
         self.leading = number
+        self.serves = ready
         self.term += 1
-        for master in self.masters:
-            if master.server is not None and not master.silent:
-                for link in master.server.links:
-                    link.notify(m.LeaderNotice(self.leader()))
+        for at, master in enumerate(self.masters):
+            if ready or at != number:
+                self._announce(master)
+
+    def ready(self, number: int) -> None:
+        """It serves from now on, and says so."""
+        self.serves = True
+        self._announce(self.masters[number])
+
+    def _announce(self, master: FakeMaster) -> None:
+        if master.server is not None and not master.silent:
+            for link in master.server.links:
+                link.notify(m.LeaderNotice(self.leader()))
 
     def next_fault(self, ask: Any) -> Any:
         """What an injected fault answers to this request, if one does."""
