@@ -1,0 +1,122 @@
+"""An event loop under virtual time, and the processes that live in it.
+
+A process is a context variable: whatever a process schedules carries it on, so the loop knows whose
+each event is. Events of a killed process never run; those of a paused one wait, and run all at once
+when it goes on. When nothing is ready the clock jumps to the next timer. Threads are events, too,
+at a later moment that the seed decides, so that a kill can come before them.
+"""
+
+import asyncio
+import heapq
+import random
+from collections.abc import Callable
+from contextvars import Context, ContextVar, copy_context
+from typing import Any
+
+THREAD_S = 0.02
+
+
+class Killed(BaseException):
+    """Ends what the process is doing, and nothing in the process may catch it."""
+
+
+class Process:
+    """A life of a node, from start to kill."""
+
+    def __init__(self, name: str, chance: random.Random, after: Callable[[], None]) -> None:
+        """`after` is called after each event of the process."""
+        self.name, self.after, self.chance = name, after, chance
+        self.alive = True
+        self.paused = False
+        self.backlog: list[asyncio.Handle] = []
+        self.here: Context = copy_context()  # what is run in it belongs to this process
+        self.here.run(PROCESS.set, self)
+
+
+PROCESS: ContextVar[Process | None] = ContextVar("process", default=None)
+
+
+class VirtualLoop(asyncio.BaseEventLoop):
+    """Single-threaded, no files, no sockets; the same seed gives the same order of events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.events = 0
+        self.error: BaseException | None = None
+        self._tasks: list[asyncio.Task[Any]] = []  # a collected task would run its `finally`
+        self.set_task_factory(self._make_task)
+        self.set_exception_handler(self._failed)
+
+    def time(self) -> float:
+        """Virtual seconds."""
+        return self.now
+
+    def _process_events(self, event_list: Any) -> None:
+        """There are no files."""
+
+    def _write_to_self(self) -> None:
+        """There is no other thread."""
+
+    def _make_task(self, loop: Any, work: Any, **more: Any) -> "asyncio.Task[Any]":
+        task = asyncio.Task(work, loop=loop, **more)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        self._tasks.append(task)
+        return task
+
+    def _failed(self, loop: Any, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        never_asked = "never retrieved" in context["message"]
+        if self.error is None and not isinstance(error, Killed) and not never_asked:
+            self.error = error or RuntimeError(context["message"])
+
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+        """A thread: all its work happens at one later moment."""
+        future = self.create_future()
+        process = PROCESS.get()
+        assert process is not None
+
+        def work() -> None:
+            if future.cancelled():
+                return
+            try:
+                future.set_result(func(*args))
+            except Exception as e:
+                future.set_exception(e)
+
+        self.call_later(process.chance.uniform(0.0005, THREAD_S), work)
+        return future
+
+    def _run_once(self) -> None:
+        ready, timers = self._ready, self._scheduled  # type: ignore[attr-defined]
+        if not ready and timers:
+            self.now = max(self.now, timers[0]._when)
+        while timers and timers[0]._when <= self.now:
+            handle = heapq.heappop(timers)
+            handle._scheduled = False
+            if not handle._cancelled:
+                ready.append(handle)
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                self._run_handle(handle)
+                if self.error is not None:
+                    self.stop()
+
+    def _run_handle(self, handle: Any) -> None:
+        process = handle._context.get(PROCESS)
+        if process is None:
+            handle._run()
+        elif process.alive and process.paused:
+            process.backlog.append(handle)
+        elif process.alive:
+            self.events += 1
+            handle._run()
+            if process.alive:
+                process.after()
+
+    def resume(self, process: Process) -> None:
+        """Everything that waited for a paused process happens now."""
+        process.paused = False
+        backlog, process.backlog = process.backlog, []
+        self._ready.extend(backlog)  # type: ignore[attr-defined]

@@ -1,0 +1,230 @@
+"""What goes wrong, one thing at a time, as the seed says. Each kind is counted when it happens."""
+
+import asyncio
+import errno
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from raftfs.errors import NotLeader, ReplyError
+from raftfs.wire.ops import AddMember, MembershipOp, RemoveMember
+from tests.sim.whole.node import Machine
+
+if TYPE_CHECKING:
+    from tests.sim.whole.world import World
+
+KINDS = (
+    "kill", "kill in a write", "power cut", "power cut in a write", "power cut of all",
+    "partition", "one-way partition", "slow network", "connection broken", "pause", "clock jump",
+    "everybody suspended", "slow disk", "disk full", "I/O error", "journal flip", "snapshot flip",
+    "disk lost", "join", "member change asked", "leadership handed over",
+)  # fmt: skip
+EFFECTS = (
+    "disk stops a node", "damage refused", "torn sector", "duplicated message",
+    "request asked twice", "member added", "member removed", "removed",
+)  # fmt: skip
+
+
+class Faults:
+    """Chooses and does."""
+
+    def __init__(self, world: "World") -> None:
+        self.world, self.chance = world, world.chance
+        self._kinds: list[tuple[int, Callable[[Machine], str]]] = [
+            (14, self._start), (12, self._kill), (8, self._in_a_write), (6, self._kill_all),
+            (14, self._partition), (14, self._heal), (5, self._slow_network), (8, self._break),
+            (8, self._pause), (4, self._clock), (4, self._suspend), (5, self._slow_disk),
+            (5, self._failing_disk), (5, self._flip_journal), (6, self._flip_snapshot),
+            (5, self._lose_disk), (12, self._membership), (4, self._hand_over),
+        ]  # fmt: skip
+
+    def one(self) -> None:
+        """One thing goes wrong, or is mended."""
+        machine = self.chance.choice(self.world.masters + self.world.masters + self.world.learners)
+        kind = self.chance.choices([k for _, k in self._kinds], [w for w, _ in self._kinds])[0]
+        happened = kind(machine)
+        if happened:
+            self.world.seen[happened] += 1
+
+    # --- processes
+
+    def _start(self, machine: Machine) -> str:
+        for one in self.world.machines:
+            self.world.bring_back(one)
+        return ""
+
+    def _kill(self, machine: Machine) -> str:
+        power = self.chance.random() < 0.5
+        if not machine.running:
+            return ""
+        machine.die(power=power)
+        return "power cut" if power else "kill"
+
+    def _in_a_write(self, machine: Machine) -> str:
+        if not machine.running:
+            return ""
+        power = self.chance.random() < 0.7
+        kind = "power cut in a write" if power else "kill in a write"
+
+        def strike() -> None:
+            self.world.seen[kind] += 1
+            machine.strike(power=power)
+
+        machine.disk.strike_after(self.chance.randrange(1, 8), strike)
+        return ""
+
+    def _kill_all(self, machine: Machine) -> str:
+        running = [m for m in self.world.machines if m.running]
+        for one in running:
+            one.die(power=True)
+        for one in running:
+            self.world.bring_back(one)
+        return "power cut of all"
+
+    def _pause(self, machine: Machine) -> str:
+        process = machine.process
+        if process is None or not process.alive or process.paused:
+            return ""
+        process.paused = True
+        self.world.loop.call_later(
+            self.chance.uniform(0.2, 1.8), self.world.loop.resume, process,
+            context=self.world.outside,
+        )  # fmt: skip
+        return "pause"
+
+    def _suspend(self, machine: Machine) -> str:
+        self.world.loop.now += self.chance.uniform(0.3, 2.0)
+        return "everybody suspended"
+
+    def _clock(self, machine: Machine) -> str:
+        machine.clock_offset_ns = self.chance.randrange(-(10**13), 10**13)
+        return "clock jump"
+
+    # --- network
+
+    def _partition(self, machine: Machine) -> str:
+        me = machine.name.partition(":")[0]
+        one_way = self.chance.random() < 0.5
+        for other in self.world.machines:
+            name = other.name.partition(":")[0]
+            if other is not machine:
+                self.world.net.cut.add((me, name))
+                if not one_way:
+                    self.world.net.cut.add((name, me))
+        return "one-way partition" if one_way else "partition"
+
+    def _heal(self, machine: Machine) -> str:
+        self.world.net.heal()
+        self.world.net.slowest_s = 0.01
+        return ""
+
+    def _slow_network(self, machine: Machine) -> str:
+        self.world.net.slowest_s = self.chance.uniform(0.03, 0.25)
+        return "slow network"
+
+    def _break(self, machine: Machine) -> str:
+        return "connection broken" if self.world.net.break_one(self.chance) else ""
+
+    # --- disks
+
+    def _slow_disk(self, machine: Machine) -> str:
+        machine.slow_until = self.world.loop.now + self.chance.uniform(0.5, 2.0)
+        return "slow disk"
+
+    def _failing_disk(self, machine: Machine) -> str:
+        code = self.chance.choice((errno.ENOSPC, errno.EIO))
+        kind = "disk full" if code == errno.ENOSPC else "I/O error"
+
+        def strike() -> None:
+            self.world.seen[kind] += 1
+            raise OSError(code, kind)
+
+        machine.disk.strike_after(self.chance.randrange(1, 6), strike)
+        return ""
+
+    def _flip_journal(self, machine: Machine) -> str:
+        """While it is down, so that its next start meets it."""
+        if not self.world.may_lose(machine):
+            return ""
+        machine.die(power=False)
+        if not machine.disk.flip():
+            return ""
+        machine.flipped = True
+        machine.start()
+        return "journal flip"
+
+    def _flip_snapshot(self, machine: Machine) -> str:
+        self.world.loop.create_task(self._flip_when_there(), context=self.world.outside.copy())
+        return ""
+
+    async def _flip_when_there(self) -> None:
+        """In a file that is being sent or received; what carries it has checksums."""
+        for _ in range(400):
+            for machine in self.world.machines:
+                sent = sorted(machine.folder.glob("snapshot-*.out"))
+                for path in [*sent, machine.folder / "snapshot.in"]:
+                    data = bytearray(path.read_bytes() if path.exists() else b"")
+                    if data:
+                        data[self.chance.randrange(len(data))] ^= 1 << self.chance.randrange(8)
+                        path.write_bytes(data)
+                        self.world.seen["snapshot flip"] += 1
+                        return
+            await asyncio.sleep(0.005)
+
+    def _lose_disk(self, machine: Machine) -> str:
+        """As an administrator would have it: one at a time, while the others are a majority."""
+        if not self.world.may_lose(machine):
+            return ""
+        machine.die(power=False)
+        machine.new_disk(join=True)
+        machine.start()
+        return "disk lost"
+
+    # --- membership
+
+    def _membership(self, machine: Machine) -> str:
+        members = self.world.members()
+        waiting = [
+            (m.name, uuid) for m in self.world.masters
+            if m.name not in members and m.running and (uuid := m.joined_uuid())
+        ]  # fmt: skip
+        spare = [m for m in self.world.masters if m.name not in members and not m.running]
+        if waiting:
+            self._ask_leader(AddMember(*waiting[0]), "member added")
+        elif spare and len(members) < 5 and self.chance.random() < 0.7:
+            spare[0].new_disk(join=True)
+            spare[0].peers = (*sorted(members), spare[0].name)
+            spare[0].start()
+            return "join"
+        elif len(members) > 3 and machine.name in members:
+            self._ask_leader(RemoveMember(machine.name), "member removed")
+        return ""
+
+    def _ask_leader(self, op: MembershipOp, done: str) -> None:
+        for leader in [m for m in self.world.masters if m.leads]:
+            assert leader.process is not None
+            ask = partial(self._change_members, leader, op, done)
+            self.world.loop.call_soon(ask, context=leader.process.here)
+
+    def _change_members(self, leader: Machine, op: MembershipOp, done: str) -> None:
+        assert leader.replica is not None
+        try:
+            future = leader.replica.change_members(op)
+        except (NotLeader, ReplyError):
+            return
+        self.world.seen["member change asked"] += 1
+        future.add_done_callback(
+            lambda f: self.world.note(done, not f.cancelled() and not f.exception())
+        )
+
+    def _hand_over(self, machine: Machine) -> str:
+        def ask() -> None:
+            try:
+                self.world.note("leadership handed over", bool(replica.hand_over()))
+            except NotLeader:
+                return
+
+        process, replica = machine.process, machine.replica
+        if machine.leads and process is not None and replica is not None:
+            self.world.loop.call_soon(ask, context=process.here)
+        return ""

@@ -1,0 +1,48 @@
+"""Whole clusters under faults, seed by seed: no promise is broken, and everything has happened."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from tests.sim.whole.__main__ import many, outcome
+from tests.sim.whole.faults import EFFECTS, KINDS
+
+SEEDS = int(os.environ.get("RAFTFS_WHOLE_SEEDS", "120"))
+_SLICE = 20
+_happened: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, _SLICE))
+def test_no_promise_is_broken(first: int) -> None:
+    found = many(first, _SLICE, min(2, os.cpu_count() or 1))
+    for one in found:
+        _happened.update(one.seen)
+        assert not one.error, f"{one.error}; python -m tests.sim.whole --seed {one.seed}"
+        assert one.acked, f"nothing was done; python -m tests.sim.whole --seed {one.seed}"
+        _happened.update(acked=one.acked, reads=one.reads)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *EFFECTS])
+def test_each_kind_of_fault_has_happened(kind: str) -> None:
+    """In the stories above, while operations were acknowledged; else they would prove nothing."""
+    if not _happened:
+        pytest.skip("the stories were not run")
+    assert _happened[kind] > 0, f"no {kind} in {SEEDS} seeds"
+    assert _happened["acked"] > 20 * SEEDS and _happened["reads"] > 5 * SEEDS
+
+
+def test_a_seed_is_one_story_whatever_the_hash_seed() -> None:
+    here = outcome(5).fingerprint
+    for hash_seed in ("1", "2"):
+        there = subprocess.run(
+            [sys.executable, "-m", "tests.sim.whole", "--seed", "5"], text=True, check=True,
+            capture_output=True, timeout=60, env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        )  # fmt: skip
+        assert there.stdout.split()[-1] == here
+
+
+def test_another_seed_is_another_story() -> None:
+    assert outcome(5).fingerprint != outcome(6).fingerprint

@@ -1,0 +1,218 @@
+"""A whole cluster in one process under virtual time: three to five masters with the real replica,
+proposer and operations, a learner, clients; and what goes wrong.
+"""
+
+import asyncio
+import logging
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from pathlib import Path
+from unittest.mock import patch
+
+import structlog
+from pysyncobj import syncobj
+
+from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.state import read
+from raftfs.meta.state.dictrows import DictRows
+from tests.sim.whole.clients import Client
+from tests.sim.whole.clock import VirtualLoop
+from tests.sim.whole.faults import Faults
+from tests.sim.whole.invariants import Invariants, must
+from tests.sim.whole.net import Network
+from tests.sim.whole.node import Machine
+
+NAMES = ("a:1", "b:1", "c:1", "d:1", "e:1")
+CLIENTS = 3
+_SETTLE_S = 120.0
+
+
+class World:
+    """Everything that one seed makes."""
+
+    def __init__(self, seed: int, folder: Path, loop: VirtualLoop) -> None:
+        self.seed, self.folder, self.loop = seed, folder, loop
+        self.chance = random.Random(seed)
+        self.outside = copy_context()
+        self.law = Invariants()
+        self.seen: Counter[str] = Counter()
+        self.net = Network(loop, seed, lambda p, term, to: self.law.voted(p.name, term, to))
+        self.net.seen = self.seen
+        self.ended = False
+        self.voters = NAMES if self.chance.random() < 0.2 else NAMES[:3]
+        self.masters = [Machine(self, name) for name in NAMES]
+        self.learners = [Machine(self, "watcher", learner=True)]
+        self.machines = [*self.masters, *self.learners]
+        self.clients = [Client(self, n) for n in range(CLIENTS)]
+
+    def fail(self, error: BaseException) -> None:
+        """The story ends here."""
+        if self.loop.error is None:
+            self.loop.error = error
+
+    def note(self, kind: str, happened: bool) -> None:
+        """Count it if it happened."""
+        self.seen[kind] += happened
+
+    # --- what an administrator knows
+
+    def members(self) -> dict[str, bytes]:
+        """The masters that vote, as the most advanced replica has them."""
+        best = max(self.machines, key=lambda m: m.store.applied[0] if m.store else 0)
+        if best.store:
+            return dict(best.store.members())
+        rows = DictRows()
+        kept = max((m.vault.kept for m in self.machines), key=lambda c: c.index)
+        rows.rows.update(kept.rows)
+        return read.members(rows)
+
+    def may_lose(self, machine: Machine) -> bool:
+        """Whether a voter's disk may go: all other voters are themselves, and run."""
+        members = self.members()
+        if machine.name not in members or machine.uuid != members[machine.name]:
+            return False
+        others = [m for m in self.masters if m.name in members and m is not machine]
+        return all(m.running and m.uuid == members[m.name] and not m.flipped for m in others)
+
+    def bring_back(self, machine: Machine) -> None:
+        """Start what is down; what must not start again is replaced if it is still a master."""
+        if machine.running or machine.uuid is None:
+            return
+        if not machine.refused:
+            machine.start()
+        elif machine.name in self.members():
+            machine.new_disk(join=True)
+            machine.peers = tuple(sorted(self.members()))
+            machine.start()
+
+    # --- the story
+
+    async def tell(self, faults: int) -> None:
+        """Found the cluster, break things under load, mend, compare."""
+        for machine in self.masters:
+            if machine.name in self.voters:
+                machine.start()
+        self.learners[0].start()
+        while not self.members():
+            await asyncio.sleep(0.1)
+        work = [self.loop.create_task(c.work()) for c in self.clients]
+        chooser = Faults(self)
+        for _ in range(faults):
+            await asyncio.sleep(self.chance.uniform(0.05, 0.9))
+            chooser.one()
+        await self._mend()
+        self.ended = True
+        await asyncio.wait_for(asyncio.gather(*work), _SETTLE_S)
+        await self._agree()
+
+    async def _mend(self) -> None:
+        self.net.heal()
+        self.net.slowest_s = 0.01
+        for machine in self.machines:
+            machine.disk.repair()
+            machine.slow_until = 0.0
+            self.bring_back(machine)
+        await asyncio.sleep(1.0)
+
+    async def _agree(self) -> None:
+        """All replicas come to the same state, which has everything acknowledged."""
+        until = self.loop.now + _SETTLE_S
+        while not self._agreed():
+            for machine in self.machines:
+                self.bring_back(machine)
+            must(self.loop.now < until, f"no agreement: {self._where()}")
+            await asyncio.sleep(0.3)
+
+    def _voting(self) -> list[Machine]:
+        members = self.members()
+        return [m for m in self.masters if m.name in members]
+
+    def _agreed(self) -> bool:
+        members = self.members()
+        voting = self._voting()
+        if not all(m.running and m.store and m.uuid == members[m.name] for m in voting):
+            return False
+        stores = [m.store for m in [*voting, *self.learners] if m.store is not None]
+        return (
+            len(stores) == len(voting) + 1
+            and len({s.applied for s in stores}) == 1
+            and stores[0].applied[0] >= self.law.acknowledged
+            and len({s.digest() for s in stores}) == 1
+            and any(m.leads for m in voting)
+        )
+
+    def _where(self) -> str:
+        return ", ".join(
+            f"{m.ident} {m.store.applied if m.store else 'down'}" for m in self.machines
+        )
+
+    @property
+    def acked(self) -> int:
+        """Operations that clients were told of."""
+        return sum(c.acked for c in self.clients)
+
+    @property
+    def reads(self) -> int:
+        """Guarded reads that were answered."""
+        return sum(c.reads for c in self.clients)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal stories: every message at its time."""
+        return f"{self.net.trace:08x}/{self.loop.events}/{self.loop.now:.6f}"
+
+
+@contextmanager
+def _observed(world: World) -> Iterator[None]:
+    """Virtual clock and seeded chance for pysyncobj; every entry that a journal takes is compared.
+    """
+    add = DurableJournal.add
+
+    def compared(self: DurableJournal, command: bytes, idx: int, term: int) -> None:
+        if idx - 1 >= self.first_index > 0:
+            world.law.added(idx, term, self.term_at(idx - 1), command)
+        add(self, command, idx, term)
+
+    with (
+        patch.object(syncobj, "monotonicTime", world.loop.time),
+        patch.object(syncobj, "random", random.Random(world.seed + 1)),
+        patch.object(DurableJournal, "add", compared),
+    ):
+        yield
+
+
+def story(seed: int, faults: int = 16) -> World:
+    """One run. Raises whatever was found."""
+    logging.disable(logging.CRITICAL)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    folder = Path(tempfile.mkdtemp(prefix="raftfs-sim-", dir=_memory()))
+    loop = VirtualLoop()
+    try:
+        world = World(seed, folder, loop)
+        with _observed(world):
+            _run(loop, world, faults)
+        return world
+    finally:
+        logging.disable(logging.NOTSET)
+        structlog.reset_defaults()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(loop: VirtualLoop, world: World, faults: int) -> None:
+    try:
+        loop.run_until_complete(world.tell(faults))
+    except RuntimeError:
+        if loop.error is None:
+            raise
+    if loop.error is not None:
+        raise loop.error
+
+
+def _memory() -> str | None:
+    """Small files that nobody needs: not worth a disk."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
