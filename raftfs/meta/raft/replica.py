@@ -310,12 +310,16 @@ class Replica:
             masters = ",".join(self._names())
             if peer.name in self._identity.peers:
                 return Refused(f"{_removed(peer.name)}: its masters are {masters}", removed=True)
+            if self._may_have_missed_it():
+                return None
             return Refused(f"master {peer.name} is not one of {masters}")
         known = self._known().get(peer.name)
         if known is None:
             self._identity.learn(peer.name, peer.uuid)
             known = peer.uuid
-        if known != peer.uuid:
+        # A learner counts for nothing, so nobody can misuse it; and it may have been away while a
+        # master was replaced, which only that master may be able to tell.
+        if known != peer.uuid and not self.config.learner:
             return Refused(
                 f"master {peer.name} lost its data: its old identity has votes and "
                 "acknowledgements that this one forgot, so it may not take part; bring it back "
@@ -326,6 +330,14 @@ class Replica:
         if self._core is not None:
             self._core.node_replaced(Node(peer.name))
         return None
+
+    def _may_have_missed_it(self) -> bool:
+        """Whether a stranger may be a master that was added while this replica was away, and may
+        lead by now: then only its log tells that it is one. Whoever is up to date hears a leader,
+        and knows every master's identity.
+        """
+        core = self._core
+        return core is not None and bool(self._known_members) and not core.has_leader()
 
     def _refused(self, peer: str, reason: str, removed: bool) -> None:
         error = UserError(f"{reason} (said {peer})")

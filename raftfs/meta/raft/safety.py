@@ -441,7 +441,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         mine = (self.journal[-1][2], self.journal[-1][1])
         return (m.last_term, m.last_index) >= mine
 
-    def _has_leader(self) -> bool:
+    def has_leader(self) -> bool:
         """A leader was heard within the shortest election timeout, or is this node, confirmed."""
         now = syncobj.monotonicTime()
         if self.state == LEADER:
@@ -456,7 +456,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         A learner votes, too, if it is asked: whoever asks knows of a change that makes it a voter,
         which it need not know yet. Nobody else counts it.
         """
-        if not m.transfer and self._has_leader():
+        if not m.transfer and self.has_leader():
             return
         if m.term > self.term:
             self._step_down(m.term)
@@ -481,7 +481,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
     def _on_pre_vote(self, node: Node, m: PreVote) -> None:
         granted = (
             m.term > self.term
-            and not self._has_leader()
+            and not self.has_leader()
             and self._up_to_date(m)
         )
         self._transport_.send(node, PreVoteAnswer(m.term, granted, self.term))

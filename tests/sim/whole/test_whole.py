@@ -46,3 +46,13 @@ def test_a_seed_is_one_story_whatever_the_hash_seed() -> None:
 
 def test_another_seed_is_another_story() -> None:
     assert outcome(5).fingerprint != outcome(6).fingerprint
+
+
+def test_a_master_that_was_away_while_others_were_added_follows_one_of_them() -> None:
+    """It once refused the leader as a stranger, and so never learned who it was."""
+    assert not outcome(9).error
+
+
+def test_a_learner_that_was_away_while_masters_were_replaced_follows_them() -> None:
+    """It once refused them for their new identities, and followed only who had kept its own."""
+    assert not outcome(182).error
