@@ -499,8 +499,8 @@ class Replica:
             self._links.set_peers(self._names())
 
     async def _become_voter(self) -> None:
-        """Vote under the name from now on. Not before the change is in a checkpoint: after a restart
-        the log alone could not tell whether it was committed.
+        """Vote under the name from now on. Not before the change is in a checkpoint: after a
+        restart the log alone could not tell whether it was committed.
         """
         index = self.machine.applied[0]
         async with self._checkpoint_lock:
