@@ -14,6 +14,7 @@ from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
 THREAD_S = 0.02
+STORM_EVENTS = 20_000  # in a second: nodes keep each other busy for nothing
 
 
 class Killed(BaseException):
@@ -43,6 +44,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.now = 1000.0
         self.events = 0
+        self._counted_at = 0.0
         self.error: BaseException | None = None
         self._tasks: list[asyncio.Task[Any]] = []  # a collected task would run its `finally`
         self.set_task_factory(self._make_task)
@@ -110,10 +112,17 @@ class VirtualLoop(asyncio.BaseEventLoop):
         elif process.alive and process.paused:
             process.backlog.append(handle)
         elif process.alive:
-            self.events += 1
+            self._count()
             handle._run()
             if process.alive:
                 process.after()
+
+    def _count(self) -> None:
+        self.events += 1
+        if self.events % STORM_EVENTS == 0:
+            if self.now - self._counted_at < 1.0 and self.error is None:
+                self.error = AssertionError(f"a storm: {STORM_EVENTS} events in less than 1 s")
+            self._counted_at = self.now
 
     def resume(self, process: Process) -> None:
         """Everything that waited for a paused process happens now."""

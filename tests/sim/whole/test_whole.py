@@ -56,3 +56,8 @@ def test_a_master_that_was_away_while_others_were_added_follows_one_of_them() ->
 def test_a_learner_that_was_away_while_masters_were_replaced_follows_them() -> None:
     """It once refused them for their new identities, and followed only who had kept its own."""
     assert not outcome(182).error
+
+
+def test_a_learner_that_must_wait_for_a_commit_is_not_flooded() -> None:
+    """Leader and learner once answered each other without pause until the commit came."""
+    assert not outcome(0).error
