@@ -9,6 +9,7 @@ import pytest
 
 from tests.sim.whole.__main__ import many, outcome
 from tests.sim.whole.faults import EFFECTS, KINDS
+from tests.sim.whole.mutants import MUTANTS, first_finding
 
 SEEDS = int(os.environ.get("RAFTFS_WHOLE_SEEDS", "120"))
 _SLICE = 20
@@ -61,3 +62,8 @@ def test_a_learner_that_was_away_while_masters_were_replaced_follows_them() -> N
 def test_a_learner_that_must_wait_for_a_commit_is_not_flooded() -> None:
     """Leader and learner once answered each other without pause until the commit came."""
     assert not outcome(0).error
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_a_planted_fault_is_found(name: str) -> None:
+    assert first_finding(name, range(25)), f"{name}: not found"
