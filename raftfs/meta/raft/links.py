@@ -34,10 +34,10 @@ class Links(Transport):  # type: ignore[misc]
         key: ClusterKey,
         refusal: Callable[[PeerName], Refused | None],
         receive: Callable[[Node, Any], None],
-        refused: Callable[[str, str, bool], None],
+        refused: Callable[[str, Refused], None],
         wire: Any = rpc,
     ) -> None:
-        """`refusal(peer)` gives why a peer must stay out, or None. `refused(peer, reason, removed)`
+        """`refusal(peer)` gives why a peer must stay out, or None. `refused(peer, message)`
         is called when they keep us out. `wire` has `serve` and `connect` as `raftfs.wire.rpc` has.
         """
         super().__init__(None, None, [])
@@ -199,7 +199,7 @@ class Links(Transport):  # type: ignore[misc]
 
     def _message(self, link: Link, message: Any) -> None:
         if isinstance(message, Refused):
-            self._refused(link.name.partition("|")[0], message.reason, message.removed)
+            self._refused(link.name.partition("|")[0], message)
             return
         name = link.context
         if name is not None and self._links.get(name) is link:

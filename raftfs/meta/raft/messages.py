@@ -97,11 +97,12 @@ class SnapshotNext(Tagged, tag=10):
 
 class Refused(Tagged, tag=11):
     """The other side must not take part; `reason` is a sentence for its operator. `removed`: it was
-    a master, and is none any more.
+    a master, and is none any more. `stranger`: its identity is not the one known here.
     """
 
     reason: str
     removed: bool = False
+    stranger: bool = False
 
 
 Message = (

@@ -47,6 +47,7 @@ log = structlog.get_logger("raftfs.raft")
 
 _TICK_S = 0.01
 _LOOK_S = 0.2
+_HAND_OVER_PAUSE_S = 10.0
 _OVERDUE = 3
 _HAND_OVER_S = 0.5
 
@@ -140,6 +141,7 @@ class Replica:
         self._known_members: dict[str, bytes] = {}
         self._members_new = False  # not in a checkpoint: the next start would not know them
         self._promoting = False
+        self._no_hand_over_until = 0.0
         self._frozen = asyncio.Event()  # a checkpoint has begun and must be written
         self._checkpointed_at = self._loop.time()
         self._applied_at = 0.0
@@ -323,7 +325,8 @@ class Replica:
             return Refused(
                 f"master {peer.name} lost its data: its old identity has votes and "
                 "acknowledgements that this one forgot, so it may not take part; bring it back "
-                "with `raftfs cluster replace`, or start it on an empty folder with --replace"
+                "with `raftfs cluster replace`, or start it on an empty folder with --replace",
+                stranger=True,
             )
         if all(p in self._identity.peers for p in self._others()):
             self._all_met.set()
@@ -339,12 +342,18 @@ class Replica:
         core = self._core
         return core is not None and bool(self._known_members) and not core.has_leader()
 
-    def _refused(self, peer: str, reason: str, removed: bool) -> None:
-        error = UserError(f"{reason} (said {peer})")
-        if removed or not self._identity.peers or not self._all_met.is_set():
+    def _refused(self, peer: str, refused: Refused) -> None:
+        error = UserError(f"{refused.reason} (said {peer})")
+        if refused.removed or not self._identity.peers or not self._all_met.is_set():
             self._fail_quietly(error)
-        else:
-            log.warning("refused by a peer", peer=peer, reason=reason)
+            return
+        log.warning("refused by a peer", peer=peer, reason=refused.reason)
+        if refused.stranger and self.is_leader and self._loop.time() > self._no_hand_over_until:
+            # The peer was away while this master took a lost one's place, and cannot know that it
+            # may follow. It learns so from the log, of a leader that it knows.
+            self._no_hand_over_until = self._loop.time() + _HAND_OVER_PAUSE_S
+            log.info("handing over to a leader that the peer knows", peer=peer)
+            self.hand_over()
 
     def _fail_quietly(self, error: UserError) -> None:
         if not self.failed.done():
