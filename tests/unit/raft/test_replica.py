@@ -12,6 +12,7 @@ from typing import Any
 from raftfs.cli.benchcore import free_ports
 from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown
 from raftfs.meta.raft.journal import JournalError
+from raftfs.meta.raft.messages import Refused
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.raft.segments import Files
 from raftfs.meta.state.apply import Applied
@@ -180,5 +181,24 @@ def test_a_leader_whose_disk_fails_stops_and_another_one_leads(tmp_path: Path) -
             await t.mkdir()
             assert t.leader() not in (None, leader)
             t.files[leader].error = None
+
+    run(story())
+
+
+def test_a_leader_that_a_peer_refuses_as_a_stranger_hands_over_once(tmp_path: Path) -> None:
+    """The peer was away while this leader replaced a lost master; it knows the others."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            refused = Refused("its identity is not known here", stranger=True)
+            t.replicas[leader]._refused("somebody", refused)
+            await t.until(lambda: t.leader() not in (None, leader), "another leader")
+            first = t.replicas[leader]._no_hand_over_until
+            t.replicas[leader]._refused("somebody", refused)
+            assert t.replicas[leader]._no_hand_over_until == first, "it leads no more"
+            assert (await t.mkdir())[0].result.status == 0
 
     run(story())
