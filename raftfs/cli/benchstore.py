@@ -26,6 +26,7 @@ from raftfs.cli.benchcore import free_ports
 from raftfs.client.meta import connect_tool, parse_masters
 from raftfs.const import ROOT_INODE
 from raftfs.errors import ReplyError, UserError, invariant
+from raftfs.meta.raft.checkpoints import CheckpointLimits
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.state import read
 from raftfs.meta.state.apply import Applied
@@ -109,8 +110,8 @@ class _Pauses:
 
 async def _fill(folder: Path, name: str, files: int) -> dict[str, float]:
     store = MetaStore(folder / "state.mdb")
-    config = ReplicaConfig(name, (name,), folder, checkpoint_quiet_s=1e9, checkpoint_every_s=1e9,
-                           checkpoint_rows=200_000)  # fmt: skip
+    limits = CheckpointLimits(rows=200_000, every_s=1e9, quiet_s=1e9)
+    config = ReplicaConfig(name, (name,), folder, checkpoints=limits)
     replica = Replica(config, store, ClusterKey.load(folder / "key"))
     await replica.start()
     while not store.members():

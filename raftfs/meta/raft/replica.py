@@ -11,7 +11,7 @@ owner stops the process. Nothing is served from then on.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ import structlog
 from pysyncobj.node import Node
 
 from raftfs.errors import NotLeader, RaftfsError, ReplyError, Status, UserError
+from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints, Freezing
 from raftfs.meta.raft.identity import Identity
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.links import Links
@@ -32,9 +33,7 @@ from raftfs.meta.state.ops_admin import members_after
 from raftfs.wire.auth import ClusterKey
 from raftfs.wire.ops import (
     Batch,
-    Checkpoint,
     Command,
-    Digest,
     Found,
     MembershipOp,
     Op,
@@ -46,9 +45,7 @@ from raftfs.wire.ops import (
 log = structlog.get_logger("raftfs.raft")
 
 _TICK_S = 0.01
-_LOOK_S = 0.2
 _HAND_OVER_PAUSE_S = 10.0
-_OVERDUE = 3
 _HAND_OVER_S = 0.5
 
 
@@ -63,38 +60,19 @@ class ReplicaConfig(NamedTuple):
     data_dir: Path
     learner: bool = False
     join: bool = False  # come as a learner, in a lost master's place or as a new one; vote later
-    checkpoint_rows: int = 50_000  # overlay rows that make a checkpoint due
-    checkpoint_every_s: float = 10.0
-    checkpoint_quiet_s: float = 1.0  # nothing new for so long makes one due, too
-    tail_entries: int = 100_000  # kept on the disk behind the checkpoint for followers that lag
-    tail_bytes: int = 64 << 20
-    memory_bytes: int = 64 << 20  # of entries that make a checkpoint due
+    checkpoints: CheckpointLimits = CheckpointLimits()
 
 
-class Machine(Protocol):
+class Machine(Freezing, Protocol):
     """What the replica drives; `meta.store.MetaStore` is the real one."""
 
     applied: tuple[int, int]
-    checkpointed: tuple[int, int]
-    freezing: tuple[int, int] | None  # the checkpoint that is under way
 
     def apply_entry(self, index: int, term: int, data: bytes) -> list[Applied]:
         """Apply one entry; raises only for bugs."""
 
     def members(self) -> dict[str, bytes]:
         """Voters' identities."""
-
-    def dirty(self) -> int:
-        """Rows changed since the last checkpoint."""
-
-    def freeze(self) -> bool:
-        """Begin a checkpoint."""
-
-    def write_frozen(self) -> None:
-        """In a thread: write it."""
-
-    def thaw(self) -> None:
-        """It is durable."""
 
     def copy_to(self, path: Path) -> tuple[int, int]:
         """In a thread: copy the last checkpoint."""
@@ -104,8 +82,6 @@ class Machine(Protocol):
 
     def index_of(self, path: Path) -> tuple[int, int]:
         """Index and term of the state in a file. UserError if it is none."""
-
-    digests: Sequence[tuple[int, bytes]]  # index and digest of the last checkpoints
 
     def tidy(self) -> int:
         """Free some of what is not used any more; how many rows."""
@@ -136,17 +112,10 @@ class Replica:
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._all_met = asyncio.Event()
-        self._checkpoint_lock = asyncio.Lock()
         self._known_role: tuple[bool, int, str] = (False, 0, "")
         self._known_members: dict[str, bytes] = {}
-        self._members_new = False  # not in a checkpoint: the next start would not know them
         self._promoting = False
         self._no_hand_over_until = 0.0
-        self._frozen = asyncio.Event()  # a checkpoint has begun and must be written
-        self._checkpointed_at = self._loop.time()
-        self._applied_at = 0.0
-        self._checkpoint_asked = 0  # where the log ended when the leader asked for one
-        self._digest_told = 0
         self._membership_asked = 0.0
         self.on_role: list[Callable[[], None]] = []
         self.on_applied: list[Callable[[int, bytes, list[Applied]], None]] = []
@@ -168,6 +137,9 @@ class Replica:
             self.machine.checkpointed[0],
         )  # fmt: skip
         self._check_journal()
+        self._checkpoints = Checkpoints(
+            self.config.checkpoints, self.machine, self._journal, self._fail
+        )
         self._known_members = self.machine.members()
         if self._known_members.get(self.config.name) == self._identity.uuid:
             self._identity.promote()  # a stop came between the checkpoint that says so and this
@@ -182,7 +154,7 @@ class Replica:
         await self._meet_everybody()
         self._syncer = self._around.syncer(self._journal, self._synced)
         self._make_core()
-        self._tasks.append(asyncio.ensure_future(self._checkpoints()))
+        self._tasks.append(asyncio.ensure_future(self._checkpoints.run()))
         self._on_timer()
 
     def _check_members(self) -> None:
@@ -449,13 +421,7 @@ class Replica:
                 everybody = self._identity.peers | {self.config.name: self._identity.uuid}
                 self._propose_own(Found(uuid, everybody))
             self._promote_joined(core)
-        if self._checkpoint_due() and self._checkpoint_asked <= self.machine.checkpointed[0]:
-            self._checkpoint_asked = core.journal.last_index + 1
-            self._propose_own(Checkpoint())
-        index, digest = self.machine.digests[-1]
-        if index == self._checkpoint_asked > self._digest_told:
-            self._digest_told = index
-            self._propose_own(Digest(index, digest))
+        self._checkpoints.lead(self._propose_own)
 
     def _promote_joined(self, core: SafeSyncObj) -> None:
         for node in core.learners:
@@ -478,9 +444,7 @@ class Replica:
         for one in applied:
             if isinstance(one.command.op, Found | MembershipOp):
                 self._loop.call_soon(self._members_changed)
-            if isinstance(one.command.op, Checkpoint) and self.machine.freeze():
-                self._frozen.set()
-        self._applied_at = self._loop.time()
+            self._checkpoints.applied(one.command.op)
         for callback in self.on_applied:
             callback(index, data, applied)
         return applied
@@ -490,7 +454,7 @@ class Replica:
         if self._stopped:
             return
         self._known_members = self.machine.members()
-        self._members_new = True
+        self._checkpoints.members_new = True
         if self._core is not None:
             self._core.set_members(self._known_members)
         for name, uuid in self._known_members.items():
@@ -512,9 +476,9 @@ class Replica:
         restart the log alone could not tell whether it was committed.
         """
         index = self.machine.applied[0]
-        async with self._checkpoint_lock:
+        async with self._checkpoints.lock:
             while self.machine.checkpointed[0] < index and not self._stopped:
-                await self._checkpoint()
+                await self._checkpoints.make()
         if self._stopped:
             return
         log.info("this replica votes from now on", name=self.config.name)
@@ -584,61 +548,6 @@ class Replica:
 
     # --- checkpoints and snapshots
 
-    def _checkpoint_due(self, factor: int = 1) -> bool:
-        """Leader: ask everybody for one? With a factor: is one overdue, so that this node makes its
-        own (its digest cannot be compared then)?
-        """
-        if self._members_new:
-            return True
-        if not self.machine.dirty():
-            return self._journal.bytes_kept > factor * self.config.memory_bytes
-        now = self._loop.time()
-        return (
-            self.machine.dirty() >= factor * self.config.checkpoint_rows
-            or self._journal.bytes_kept > factor * self.config.memory_bytes
-            or now - self._checkpointed_at > factor * self.config.checkpoint_every_s
-            or (factor == 1 and now - self._applied_at > self.config.checkpoint_quiet_s)
-        )
-
-    async def _checkpoints(self) -> None:
-        """All replicas freeze at the same entry of the log, so that their digests can be compared.
-        """
-        while not self._stopped:
-            try:
-                await asyncio.wait_for(self._frozen.wait(), _LOOK_S)
-            except TimeoutError:
-                if not self._checkpoint_due(_OVERDUE):
-                    continue
-            async with self._checkpoint_lock:
-                self._frozen.clear()
-                await self._checkpoint()
-
-    async def _checkpoint(self) -> None:
-        """Write what is frozen, or freeze now."""
-        try:
-            self.machine.freeze()
-            if self.machine.freezing is None:
-                return
-            self._members_new = False
-            await self._until_durable(self.machine.freezing[0])
-            await asyncio.to_thread(self.machine.write_frozen)
-            self.machine.thaw()
-            self._checkpointed_at = self._loop.time()
-            index = self.machine.checkpointed[0]
-            needed = self._journal.compact(index, self.config.tail_entries, self.config.tail_bytes)
-            await asyncio.to_thread(self._journal.unlink_before, needed)
-        except asyncio.CancelledError:
-            raise
-        except Exception as e:
-            self._fail(e)
-
-    async def _until_durable(self, index: int) -> None:
-        """A checkpoint must not be ahead of the journal: entries may be committed by the others'
-        disks, and applied, before they are on this one.
-        """
-        while self._journal.durable_index < index:
-            await asyncio.sleep(_TICK_S)
-
     def _offer_snapshot(self, node: Node) -> None:
         if self.machine.checkpointed[0]:  # else there is nothing to copy until the first checkpoint
             self._sender.offer(node)
@@ -650,7 +559,9 @@ class Replica:
     async def _install(self, path: Path, index: int, term: int) -> None:
         if self.machine.index_of(path) != (index, term):
             raise RaftfsError(f"snapshot is not the state at {index}")
-        async with self._checkpoint_lock:
+        async with self._checkpoints.lock:
+            if self.machine.freezing is not None:
+                await self._checkpoints.make()
             core = self._core
             if core is None or self._stopped or index <= core.last_applied:
                 return

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from raftfs.meta.raft.replica import Replica
+from raftfs.meta.raft.checkpoints import Checkpoints
 from raftfs.meta.raft.safety import SafeSyncObj
 from raftfs.meta.state.model import ResultRow
 from tests.sim import mutants as core_mutants
@@ -29,10 +29,10 @@ def _forget_results() -> Any:
 
 
 def _checkpoints_do_not_wait() -> Any:
-    async def at_once(self: Replica, index: int) -> None:
+    async def at_once(self: Checkpoints, index: int) -> None:
         return
 
-    return patch.object(Replica, "_until_durable", at_once)
+    return patch.object(Checkpoints, "_until_durable", at_once)
 
 
 def _snapshots_claim_the_end_of_the_log() -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raftfs.errors import UserError
 from raftfs.meta.proposer import Proposer
+from raftfs.meta.raft.checkpoints import CheckpointLimits
 from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
@@ -117,8 +118,8 @@ class Machine:
         members = store.members()
         peers = tuple(sorted({*members, *self._itself()})) if members else self.peers
         config = ReplicaConfig(
-            self.name, peers, self.folder, self.learner, self.join, checkpoint_rows=25,
-            checkpoint_every_s=1.0, checkpoint_quiet_s=0.4, tail_entries=10, tail_bytes=2_000,
+            self.name, peers, self.folder, self.learner, self.join,
+            CheckpointLimits(rows=25, every_s=1.0, quiet_s=0.4, tail_entries=10, tail_bytes=2_000),
         )  # fmt: skip
         replica = Replica(config, store, None, self._surroundings())  # type: ignore[arg-type]
         self.replica, self.proposer = replica, Proposer(replica, self._wall_ns)

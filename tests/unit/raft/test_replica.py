@@ -11,6 +11,7 @@ from typing import Any
 
 from raftfs.cli.benchcore import free_ports
 from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown
+from raftfs.meta.raft.checkpoints import CheckpointLimits
 from raftfs.meta.raft.journal import JournalError
 from raftfs.meta.raft.messages import Refused
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
@@ -52,7 +53,8 @@ class Trio:
         self.files = [SickFiles() for _ in peers]
         self.stores = [MetaStore(folder / f"{n}" / "state.mdb") for n in range(3)]
         self.replicas = [
-            Replica(ReplicaConfig(name, peers, folder / f"{n}", checkpoint_quiet_s=0.2),
+            Replica(ReplicaConfig(name, peers, folder / f"{n}",
+                                  checkpoints=CheckpointLimits(quiet_s=0.2)),
                     self.stores[n], KEY)
             for n, name in enumerate(peers)
         ]  # fmt: skip

@@ -1,0 +1,148 @@
+"""When checkpoints are made, and how: frozen in the loop, written in a thread, all at one entry.
+
+The leader asks for one by an entry of the log; every replica freezes exactly there, so that their
+digests can be compared; then the leader tells its own. A replica that has not been asked for long
+(nobody leads, or the log brings nothing) makes one of its own, which is compared with nobody's.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from raftfs.meta.raft.journal import DurableJournal
+from raftfs.wire.ops import Checkpoint, Digest, Op
+
+_LOOK_S = 0.2
+_TICK_S = 0.01
+_OVERDUE = 3  # times over any limit: do not wait for the leader
+
+
+class CheckpointLimits(NamedTuple):
+    """What makes one due, and what is kept of the log behind it."""
+
+    rows: int = 50_000  # changed since the last one
+    every_s: float = 10.0
+    quiet_s: float = 1.0  # nothing new for so long makes one due, too
+    memory_bytes: int = 64 << 20  # of entries that are in memory until a checkpoint has them
+    tail_entries: int = 100_000  # kept on the disk for followers that lag
+    tail_bytes: int = 64 << 20
+
+
+class Freezing(Protocol):
+    """The part of the state machine that checkpoints need; see `replica.Machine`."""
+
+    checkpointed: tuple[int, int]  # index and term of the last one
+    freezing: tuple[int, int] | None  # of the one that is under way
+    digests: Sequence[tuple[int, bytes]]  # index and digest of the last ones
+
+    def dirty(self) -> int:
+        """Rows changed since the last checkpoint."""
+
+    def freeze(self) -> bool:
+        """Begin one."""
+
+    def write_frozen(self) -> None:
+        """In a thread: write it."""
+
+    def thaw(self) -> None:
+        """It is durable."""
+
+
+class Checkpoints:
+    """Of one replica. Made and used in the event loop; whoever replaces the state holds `lock`."""
+
+    def __init__(
+        self,
+        limits: CheckpointLimits,
+        machine: Freezing,
+        journal: DurableJournal,
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        """`fail(error)`: this replica must not go on."""
+        self._limits = limits
+        self._machine = machine
+        self._journal = journal
+        self._fail = fail
+        self._loop = asyncio.get_running_loop()
+        self._frozen = asyncio.Event()  # one has begun and must be written
+        self._made_at = self._loop.time()
+        self._applied_at = 0.0
+        self._asked = 0  # where the log ended when this leader asked for one
+        self._told = 0  # up to where this leader has told its digests
+        self.members_new = False  # who votes is not in one yet: the next start would not know
+        self.lock = asyncio.Lock()
+
+    # --- when
+
+    def applied(self, op: Op) -> None:
+        """An operation was just applied; nothing after its entry was."""
+        self._applied_at = self._loop.time()
+        if isinstance(op, Checkpoint) and self._machine.freeze():
+            self._frozen.set()
+
+    def lead(self, propose: Callable[[Op], None]) -> None:
+        """Leader, each turn: ask everybody for a checkpoint, and tell the digest of the last."""
+        if self._due() and self._asked <= self._machine.checkpointed[0]:
+            self._asked = self._journal.last_index + 1
+            propose(Checkpoint())
+        index, digest = self._machine.digests[-1]
+        if index == self._asked > self._told:
+            self._told = index
+            propose(Digest(index, digest))
+
+    def _due(self, factor: int = 1) -> bool:
+        """With a factor: is one overdue, so that this node makes its own?"""
+        if self.members_new:
+            return True
+        limits, rows = self._limits, self._machine.dirty()
+        large = self._journal.bytes_kept > factor * limits.memory_bytes
+        if not rows:
+            return large
+        now = self._loop.time()
+        return (
+            large
+            or rows >= factor * limits.rows
+            or now - self._made_at > factor * limits.every_s
+            or (factor == 1 and now - self._applied_at > limits.quiet_s)
+        )
+
+    # --- how
+
+    async def run(self) -> None:
+        """Write what was frozen, for ever."""
+        while True:
+            try:
+                await asyncio.wait_for(self._frozen.wait(), _LOOK_S)
+            except TimeoutError:
+                if not self._due(_OVERDUE):
+                    continue
+            async with self.lock:
+                self._frozen.clear()
+                await self.make()
+
+    async def make(self) -> None:
+        """Write what is frozen, or freeze now. The lock is held."""
+        try:
+            self._machine.freeze()
+            if self._machine.freezing is None:
+                return
+            self.members_new = False
+            await self._until_durable(self._machine.freezing[0])
+            await asyncio.to_thread(self._machine.write_frozen)
+            self._machine.thaw()
+            self._made_at = self._loop.time()
+            needed = self._journal.compact(
+                self._machine.checkpointed[0], self._limits.tail_entries, self._limits.tail_bytes
+            )
+            await asyncio.to_thread(self._journal.unlink_before, needed)
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:
+            self._fail(e)
+
+    async def _until_durable(self, index: int) -> None:
+        """A checkpoint must not be ahead of the journal: entries may be committed by the others'
+        disks, and applied, before they are on this one.
+        """
+        while self._journal.durable_index < index:
+            await asyncio.sleep(_TICK_S)
