@@ -18,7 +18,7 @@ log = structlog.get_logger("raftfs.membership")
 
 CATCH_UP_S = 60.0  # a new master that has not caught up by then is refused for now
 _BEHIND_MAX = 100  # entries: it will have them before the entry that makes it a voter
-_HAND_OVER_S = 2.0
+_HAND_OVER_S = 5.0
 _LOOK_S = 0.05
 
 
@@ -100,15 +100,18 @@ class Membership:
             raise RaftfsError(f"{to} is no master: they are {masters}")
         if to and to not in self._connected():
             raise RaftfsError(f"{to} is not connected: it cannot lead")
-        chosen = replica.hand_over(to)
-        if not chosen:
+        if not (self._connected() - {replica.config.name}):
             raise RaftfsError("no other master is connected: nobody can lead instead")
         until = time.monotonic() + _HAND_OVER_S
-        while replica.leader in ("", replica.config.name):
-            if time.monotonic() > until:
-                raise RaftfsError(f"{chosen} did not take over within {_HAND_OVER_S:.0f} s")
+        while replica.is_leader and time.monotonic() < until:
+            await replica.hand_over(to)
+        while not replica.leader and time.monotonic() < until:
             await asyncio.sleep(_LOOK_S / 10)
-        return f"{replica.leader} leads now"
+        leader = replica.leader
+        if leader in ("", replica.config.name) or to not in ("", leader):
+            raise RaftfsError(f"{to or 'another master'} did not take over; {leader or 'nobody'} "
+                              "leads now: try again")  # fmt: skip
+        return f"{leader} leads now"
 
     # --- the majority
 

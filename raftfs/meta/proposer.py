@@ -73,6 +73,9 @@ class Proposer:
         except NotLeader:
             _fail([f for _, f in part], ReplyError(Status.NOT_LEADER))
             return
+        except ReplyError as e:  # BUSY: leadership is being handed over
+            _fail([f for _, f in part], e)
+            return
         self._in_flight += len(part)
         done.add_done_callback(lambda d: self._finished(d, part))
 

@@ -12,6 +12,7 @@ owner stops the process. Nothing is served from then on.
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -115,6 +116,7 @@ class Replica:
         self._known_role: tuple[bool, int, str] = (False, 0, "")
         self._known_members: dict[str, bytes] = {}
         self._promoting = False
+        self._handing_over = False
         self._no_hand_over_until = 0.0
         self._membership_asked = 0.0
         self.on_role: list[Callable[[], None]] = []
@@ -230,8 +232,8 @@ class Replica:
 
     async def stop(self) -> None:
         """Hand leadership over, if held, and stop. The journal has everything."""
-        if self._core is not None and not self.failed.done():
-            await self._hand_over()
+        if self.is_leader and not self.failed.done():
+            await self.hand_over()
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
@@ -245,14 +247,6 @@ class Replica:
             if self._syncer is not None:
                 await asyncio.to_thread(self._syncer.stop)
             self._journal._destroy()
-
-    async def _hand_over(self) -> None:
-        assert self._core is not None
-        until = self._loop.time() + _HAND_OVER_S
-        if self._core.hand_over() is None:
-            return
-        while self._core.state == LEADER and self._loop.time() < until:
-            await asyncio.sleep(_TICK_S)
 
     def _fail(self, error: BaseException) -> None:
         """This node must not go on."""
@@ -325,7 +319,11 @@ class Replica:
             # may follow. It learns so from the log, of a leader that it knows.
             self._no_hand_over_until = self._loop.time() + _HAND_OVER_PAUSE_S
             log.info("handing over to a leader that the peer knows", peer=peer)
-            self.hand_over()
+            self._tasks.append(asyncio.ensure_future(self._hand_over_quietly()))
+
+    async def _hand_over_quietly(self) -> None:
+        with suppress(NotLeader):  # then somebody else leads already
+            await self.hand_over()
 
     def _fail_quietly(self, error: UserError) -> None:
         if not self.failed.done():
@@ -404,7 +402,7 @@ class Replica:
 
     def _look_around(self, core: SafeSyncObj) -> None:
         """After a turn: news of roles, the leader's own chores."""
-        if core.leads:
+        if core.leads and not self._handing_over:
             self._lead(core)
         role = (core.leads, core.term, self.leader)
         if role != self._known_role:
@@ -493,13 +491,18 @@ class Replica:
     # --- proposals and reads
 
     def submit(self, data: bytes) -> "asyncio.Future[list[Applied]]":
-        """Commit and apply an entry. NotLeader at once; the future may give OutcomeUnknown."""
-        return self._submit(self._leading().propose, data)
+        """Commit and apply an entry. NotLeader or BUSY (leadership is being handed over) at once;
+        the future may give OutcomeUnknown.
+        """
+        core = self._leading()
+        if self._handing_over:
+            raise ReplyError(Status.BUSY)
+        return self._submit(core.propose, data)
 
     def change_members(self, op: MembershipOp) -> "asyncio.Future[list[Applied]]":
         """As `submit`, for the one operation that changes who votes. BUSY: one is under way."""
         core = self._leading()
-        if core.configurations.changing:
+        if core.configurations.changing or self._handing_over:
             raise ReplyError(Status.BUSY)
         return self._submit(core.change_members, self._own_batch(op))
 
@@ -625,12 +628,31 @@ class Replica:
         matched = {n.id: last - i for n, i in core.match_index.items()}
         return {name: matched[name] for name in links.connected() if name in matched}
 
-    def hand_over(self, to: str = "") -> str:
-        """Leader: ask a voter (the most advanced one, or `to`) to lead. Gives its name, "" if there
-        is none. NotLeader.
+    async def hand_over(self, to: str = "") -> str:
+        """Leader: have a voter (the most advanced one, or `to`) lead instead. Gives its name when
+        this one leads no more, "" if that did not come to be. NotLeader.
+
+        Until then, at most twice _HAND_OVER_S, proposals are refused as BUSY: a voter that is
+        behind would not be elected.
         """
-        node = self._leading().hand_over(to)
-        return "" if node is None else str(node.id)
+        core = self._leading()
+        heir = core.heir(to)
+        if heir is None:
+            return ""
+        self._handing_over = True
+        try:
+            await self._until(lambda: core.caught_up(heir))
+            if core.state == LEADER:
+                core.hand_over(heir)
+            await self._until(lambda: core.state != LEADER)
+        finally:
+            self._handing_over = False
+        return str(heir.id) if core.state != LEADER else ""
+
+    async def _until(self, true: Callable[[], bool]) -> None:
+        limit = self._loop.time() + _HAND_OVER_S
+        while not true() and self._loop.time() < limit:
+            await asyncio.sleep(_TICK_S / 2)
 
 
 def _removed(name: str) -> str:

@@ -528,16 +528,20 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             self._transport_.send(node, request)
         self._count_votes()
 
-    def hand_over(self, to: str = "") -> Node | None:
-        """Leader: ask a follower (the most advanced one, or `to`) to take over; gives it, None if
-        there is none.
-        """
+    def heir(self, to: str = "") -> Node | None:
+        """Leader: the connected voter that could lead instead, the most advanced one or `to`."""
         able = [n for n in self.voters if n in self.connected and to in ("", n.id)]
         if self.state != LEADER or not able:
             return None
-        best = max(able, key=lambda n: self.match_index.get(n, 0))
-        self._transport_.send(best, CampaignNow(self.term))
-        return best
+        return max(able, key=lambda n: self.match_index.get(n, 0))
+
+    def caught_up(self, node: Node) -> bool:
+        """Leader: it has the whole log, so that nobody would refuse it a vote."""
+        return bool(self.match_index.get(node, 0) >= self.journal.last_index)
+
+    def hand_over(self, node: Node) -> None:
+        """Leader: ask it to hold an election at once."""
+        self._transport_.send(node, CampaignNow(self.term))
 
     # --- leading
 

@@ -218,13 +218,14 @@ class Faults:
         )
 
     def _hand_over(self, machine: Machine) -> str:
-        def ask() -> None:
+        async def ask() -> None:
             try:
-                self.world.note("leadership handed over", bool(replica.hand_over()))
+                assert replica is not None
+                self.world.note("leadership handed over", bool(await replica.hand_over()))
             except NotLeader:
                 return
 
         process, replica = machine.process, machine.replica
         if machine.leads and process is not None and replica is not None:
-            self.world.loop.call_soon(ask, context=process.here)
+            self.world.loop.create_task(ask(), context=process.here.copy())
         return ""

@@ -308,7 +308,9 @@ def test_entries_are_applied_once_even_if_a_callback_raises(bench: Bench) -> Non
 def test_leadership_is_handed_over_to_the_most_advanced(bench: Bench) -> None:
     bench.lead()
     bench.acknowledge(C)
-    assert bench.core.hand_over() == C
+    heir = bench.core.heir()
+    assert heir == C and bench.core.caught_up(C) and not bench.core.caught_up(B)
+    bench.core.hand_over(heir)
     assert [(n, type(m)) for n, m in bench.wire.sent if isinstance(m, CampaignNow)] == [
         ("c", CampaignNow)
     ]
