@@ -31,7 +31,8 @@ class CheckpointLimits(NamedTuple):
 class Freezing(Protocol):
     """The part of the state machine that checkpoints need; see `replica.Machine`."""
 
-    checkpointed: tuple[int, int]  # index and term of the last one
+    applied: tuple[int, int]  # index and term of the state now
+    checkpointed: tuple[int, int]  # of the last checkpoint
     freezing: tuple[int, int] | None  # of the one that is under way
     digests: Sequence[tuple[int, bytes]]  # index and digest of the last ones
 
@@ -82,7 +83,9 @@ class Checkpoints:
 
     def lead(self, propose: Callable[[Op], None]) -> None:
         """Leader, each turn: ask everybody for a checkpoint, and tell the digest of the last."""
-        if self._due() and self._asked <= self._machine.checkpointed[0]:
+        # One that was asked for may have met another one under way: then it is asked for again.
+        idle = self._machine.freezing is None and self._asked <= self._machine.applied[0]
+        if idle and self._due():
             self._asked = self._journal.last_index + 1
             propose(Checkpoint())
         index, digest = self._machine.digests[-1]

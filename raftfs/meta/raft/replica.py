@@ -67,8 +67,6 @@ class ReplicaConfig(NamedTuple):
 class Machine(Freezing, Protocol):
     """What the replica drives; `meta.store.MetaStore` is the real one."""
 
-    applied: tuple[int, int]
-
     def apply_entry(self, index: int, term: int, data: bytes) -> list[Applied]:
         """Apply one entry; raises only for bugs."""
 

@@ -4,15 +4,15 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from raftfs.cli.benchcore import free_ports
 from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown
-from raftfs.meta.raft.checkpoints import CheckpointLimits
-from raftfs.meta.raft.journal import JournalError
+from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
+from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.messages import Refused
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.raft.segments import Files
@@ -21,6 +21,7 @@ from raftfs.meta.store import MetaStore
 from raftfs.wire import ops
 from raftfs.wire.auth import ClusterKey
 from raftfs.wire.ops import Batch, Command, encode_batch
+from tests.unit.raft.disks import FakeFiles
 
 KEY = ClusterKey(b"k" * 32)
 _names = itertools.count()
@@ -43,6 +44,26 @@ class SickFiles(Files):
             self.slow_syncs += 1
             time.sleep(self.delay_s)
         super().sync(handle)
+
+
+class BusyMachine:
+    """A state machine with changed rows, which freezes nothing."""
+
+    applied = checkpointed = (0, 0)
+    freezing: tuple[int, int] | None = None
+    digests: Sequence[tuple[int, bytes]] = ((0, b""),)
+
+    def dirty(self) -> int:
+        return 1
+
+    def freeze(self) -> bool:
+        return False
+
+    def write_frozen(self) -> None:
+        raise AssertionError("nothing is frozen")
+
+    def thaw(self) -> None:
+        raise AssertionError("nothing is frozen")
 
 
 class Trio:
@@ -202,5 +223,27 @@ def test_a_leader_that_a_peer_refuses_as_a_stranger_hands_over_once(tmp_path: Pa
             t.replicas[leader]._refused("somebody", refused)
             assert t.replicas[leader]._no_hand_over_until == first, "it leads no more"
             assert (await t.mkdir())[0].result.status == 0
+
+    run(story())
+
+
+def test_a_checkpoint_that_met_another_one_is_asked_for_again() -> None:
+    async def story() -> None:
+        machine = BusyMachine()
+        checkpoints = Checkpoints(
+            CheckpointLimits(quiet_s=-1.0), machine, DurableJournal(Path("j"), FakeFiles()), print
+        )
+        asked: list[ops.Op] = []
+        checkpoints.lead(asked.append)
+        checkpoints.lead(asked.append)
+        assert [type(op) for op in asked] == [ops.Checkpoint], "not twice"
+        machine.applied = (1, 1)  # its entry; but another one is under way
+        machine.freezing = (0, 0)
+        checkpoints.applied(asked[0])
+        checkpoints.lead(asked.append)
+        assert len(asked) == 1
+        machine.freezing = None
+        checkpoints.lead(asked.append)
+        assert len(asked) == 2
 
     run(story())
