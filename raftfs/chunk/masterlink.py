@@ -40,6 +40,7 @@ _REPORT_SLICE = 10_000
 _CALL_TIMEOUT_S = 5.0
 _AGAIN_S = (0.2, 0.4, 0.7, 1.0)  # delays before connecting again
 _SPACE_AGE_S = 0.5
+MASTERS_MAX = 15  # given ones and those that a master named
 
 
 class MasterLinks:
@@ -53,7 +54,7 @@ class MasterLinks:
         key: ClusterKey,
     ) -> None:
         self._store = store
-        self._masters = masters
+        self._masters = list(masters)
         self._announce = announce
         self._key = key
         self._loop = asyncio.get_running_loop()
@@ -73,9 +74,8 @@ class MasterLinks:
 
     def start(self) -> None:
         """Begin to connect."""
-        self._tasks = [asyncio.ensure_future(self._keep(h, p)) for h, p in self._masters]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
+        for address in self._masters:
+            self._spawn(address)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         """A link's task never ends but by `stop`: anything else is a bug, and must be loud."""
@@ -191,8 +191,24 @@ class MasterLinks:
 
     async def _heartbeat(self, link: Link) -> None:
         while not link.closed.done():
-            await link.call(await self._measure(), _CALL_TIMEOUT_S)
+            raw = await link.call(await self._measure(), _CALL_TIMEOUT_S)
+            self._learn(decode(list[str] | None, raw) or [])  # type: ignore[arg-type]
             await asyncio.wait({link.closed}, timeout=HEARTBEAT_S)
+
+    def _learn(self, masters: list[str]) -> None:
+        """Masters may have been added since the start: report to them, too."""
+        for name in masters:
+            host, _, port = name.rpartition(":")
+            address = (host, int(port))
+            if address not in self._masters and len(self._masters) < MASTERS_MAX:
+                log.info("another master", master=name)
+                self._masters.append(address)
+                self._spawn(address)
+
+    def _spawn(self, address: tuple[str, int]) -> None:
+        task = asyncio.ensure_future(self._keep(*address))
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
 
     # --- orders
 

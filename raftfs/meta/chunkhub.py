@@ -68,10 +68,13 @@ class ChunkHub:
         cluster: Callable[[], bytes],
         term: Callable[[], int],
         on_change: Callable[[Iterable[int]], None],
+        masters: Callable[[], list[str]] = list,
     ) -> None:
+        """`masters()`: where all masters listen for chunkservers, as host:port."""
         self._cluster = cluster
         self._term = term
         self._on_change = on_change
+        self._masters = masters
         self._leading = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.servers: dict[bytes, ChunkServer] = {}
@@ -101,6 +104,7 @@ class ChunkHub:
             self._changed(server, event)
         elif isinstance(event, m.Space):
             server.total, server.used = event.total, event.used
+            return self._masters()
         return None
 
     def _hello(self, link: Link, hello: m.ServerHello) -> bytes:

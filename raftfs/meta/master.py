@@ -49,6 +49,11 @@ class MasterConfig(NamedTuple):
         return int(self.name.rpartition(":")[2])
 
 
+def _chunkserver_address(name: str) -> str:
+    host, _, port = name.rpartition(":")
+    return f"{host}:{int(port) + CHUNKSERVERS}"
+
+
 def parse_peer(item: str) -> str:
     """`host` or `host:port` as `host:port`. UserError if it is neither."""
     host, colon, port = item.strip().rpartition(":")
@@ -79,6 +84,7 @@ class Master:
             cluster=lambda: read.totals(self.store).cluster,
             term=lambda: self.replica.term,
             on_change=lambda chunks: self.healer.examine(chunks),
+            masters=lambda: [_chunkserver_address(name) for name in self.replica.members],
         )
         self.grants = Grants(self.store, self.hub, self.proposer, lambda: self.replica.term)
         self.healer = Healer(self.store, self.hub, self.grants, self.proposer, config.healing)

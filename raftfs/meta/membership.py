@@ -9,6 +9,7 @@ import time
 
 import structlog
 
+from raftfs.const import HEARTBEAT_S
 from raftfs.errors import RaftfsError, ReplyError, Status
 from raftfs.meta.raft.replica import Replica
 from raftfs.wire import messages as m
@@ -20,6 +21,7 @@ CATCH_UP_S = 60.0  # a new master that has not caught up by then is refused for 
 _BEHIND_MAX = 100  # entries: it will have them before the entry that makes it a voter
 _HAND_OVER_S = 5.0
 _LOOK_S = 0.05
+_HEARD_S = 3 * HEARTBEAT_S
 
 
 class Membership:
@@ -61,6 +63,8 @@ class Membership:
             self._not_yet(name)
         self._check_majority({*self._connected(), name}, {*self._replica.members, name}, "adding")
         await self._change(ops.AddMember(name, uuid))
+        # Chunkservers hear of it with a heartbeat; a leader that they do not know has no servers.
+        await asyncio.sleep(_HEARD_S)
         return f"{name} votes now; {self._count()}"
 
     def _not_yet(self, name: str) -> None:

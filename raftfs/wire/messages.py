@@ -356,7 +356,9 @@ class Changed(Tagged, tag=4):
 
 
 class Space(Tagged, tag=5):
-    """Heartbeat, each `HEARTBEAT_S`: bytes over all usable disks, copies held. -> None."""
+    """Heartbeat, each `HEARTBEAT_S`: bytes over all usable disks, copies held. -> list[str], where
+    all masters listen for chunkservers.
+    """
 
     total: int
     used: int

@@ -27,6 +27,7 @@ class Master:
         self.cluster = cluster
         self.told: list[Any] = []
         self.link: rpc.Link | None = None
+        self.others: list[str] = []  # what it says of other masters
         self.port = 0
         self._server: rpc.Server | None = None
 
@@ -43,6 +44,8 @@ class Master:
 
     def _event(self, link: rpc.Link, event: Any) -> Any:
         self.told.append(event)
+        if isinstance(event, m.Space):
+            return self.others
         if isinstance(event, m.ServerHello):
             return self.cluster
         if isinstance(event, m.Ready):
@@ -251,5 +254,22 @@ def test_a_master_of_another_cluster_is_refused(tmp_path: Path) -> None:
                 assert not links.failed.done()  # one wrong master does not stop a working server
                 task.cancel()
                 await bad.stop()
+
+    run(story())
+
+
+def test_a_master_that_another_one_names_is_reported_to(tmp_path: Path) -> None:
+    """It was added while the chunkserver ran."""
+
+    async def story() -> None:
+        with servers(tmp_path, 1) as (server,):
+            write(server.store, 1, 0, b"x")
+            known, new = Master(), Master()
+            await new.start()
+            known.others = [f"127.0.0.1:{new.port}", f"127.0.0.1:{new.port}"]
+            async with linked(server, known):
+                await until(lambda: new.link)
+                assert new.kinds() == ["ServerHello", "Copies", "Ready"]
+            await new.stop()
 
     run(story())

@@ -55,8 +55,16 @@ class Masters:
             ))  # fmt: skip
 
     def member(self, *words: str, ok: bool = True) -> str:
+        return self._raftfs("member", *words, ok=ok)
+
+    def lead(self, number: int) -> None:
+        """Hand leadership to this one."""
+        said = self._raftfs("leader", "transfer", self.names[number])
+        assert f"{self.names[number]} leads" in said
+
+    def _raftfs(self, *words: str, ok: bool = True) -> str:
         clients = ",".join(f"127.0.0.1:{int(n.rpartition(':')[2]) + 3}" for n in self.names)
-        return self.cluster.raftfs("member", *words, "-H", clients, "--key", self.key, ok=ok)
+        return self.cluster.raftfs(*words, "-H", clients, "--key", self.key, ok=ok)
 
 
 @contextmanager
@@ -85,6 +93,9 @@ def test_all_masters_are_replaced_under_load(cluster: ScenarioCluster) -> None:
             assert "votes now" in said and "votes no more" in said
         listed = them.member("list")
         assert [line.split()[0] for line in listed.splitlines()] == them.names[2:5]
+        them.lead(3)  # one that the chunkservers were never told of by hand
+        done = writer.done
+        cluster.wait("files under the new leader", lambda: writer.done > done + 20)
         writer.check()
         said = them.member("remove", them.names[2], ok=False)
         assert "would leave 2 masters" in said
