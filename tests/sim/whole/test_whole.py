@@ -13,8 +13,6 @@ from tests.sim.whole.mutants import MUTANTS, first_finding
 
 SEEDS = int(os.environ.get("RAFTFS_WHOLE_SEEDS", "120"))
 _SLICE = 20
-# A process that is killed never gets to run what it had just begun.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 _happened: Counter[str] = Counter()
 
 

@@ -198,6 +198,7 @@ def story(seed: int, faults: int = 16) -> World:
             _run(loop, world, faults)
         return world
     finally:
+        loop.bury()
         logging.disable(logging.NOTSET)
         structlog.reset_defaults()
         shutil.rmtree(folder, ignore_errors=True)
