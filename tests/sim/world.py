@@ -1,314 +1,240 @@
-"""Masters in one process under virtual time, with a bad network, bad disks and a moving membership.
-
-Everything that is left to chance follows from the seed. The nodes run the real core and the real
-journal; the journal's syncs take time, as the thread's do. A kill keeps what was written, a power
-cut what was synced. Checkpoints come often and keep little, so snapshots are needed all the time.
+"""A whole cluster in one process under virtual time: three to five masters with the real replica,
+proposer and operations, a learner, clients; and what goes wrong.
 """
 
+import asyncio
+import logging
 import random
+import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import structlog
 from pysyncobj import syncobj
 
-from raftfs.errors import NotLeader
-from raftfs.meta.raft.safety import LEADER
-from tests.sim.member import Member, read_change
-from tests.sim.network import Network
+from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.state import read
+from raftfs.meta.state.dictrows import DictRows
+from tests.sim.clients import Client
+from tests.sim.clock import BEGINNING, PROCESS, VirtualLoop
+from tests.sim.faults import Faults
+from tests.sim.invariants import Invariants, must
+from tests.sim.net import Network
+from tests.sim.node import Machine
 
-NAMES = ("a", "b", "c", "d", "e")
-VOTERS = ("a", "b", "c")
-STEP_S = 0.005
+NAMES = ("a:1", "b:1", "c:1", "d:1", "e:1")
+CLIENTS = 3
+_SETTLE_S = 120.0
 
 
 class World:
-    """The clock, the faults, the clients, and what must hold."""
+    """Everything that one seed makes."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, folder: Path, loop: VirtualLoop) -> None:
+        self.seed, self.folder, self.loop = seed, folder, loop
         self.chance = random.Random(seed)
-        self.now = 1000.0
-        syncobj.monotonicTime = lambda: self.now
-        syncobj.random = random.Random(seed + 1)
-        self.net = Network(seed)
-        self.sync_s = self.chance.choice((0.005, 0.05, 0.3))  # the longest usual sync of a disk
-        self.seen: Counter[str] = Counter()  # what happened, by name
-        self.leaders: dict[int, str] = {}
-        self.votes: dict[tuple[int, str], str] = {}
-        self.log: dict[int, tuple[int, bytes]] = {}
-        self.voters = {n: n.encode() for n in VOTERS}  # as the first who applied a change has it
-        self._asked: set[bytes] = set()  # identities that somebody proposed as voters
-        self.acked: set[bytes] = set()
-        self.proposed = 0
-        self.reads = 0
-        self.faults = 0
-        self.members = {
-            n: Member(self, n, dict(self.voters), random.Random(f"{seed}/{n}")) for n in NAMES
-        }
-        for name in VOTERS:
-            self.members[name].start()
+        self.outside = copy_context()
+        self.law = Invariants()
+        self.seen: Counter[str] = Counter()
+        self.net = Network(loop, seed, lambda p, term, to: self.law.voted(p.name, term, to))
+        self.net.seen = self.seen
+        self.ended = False
+        self.voters = NAMES if self.chance.random() < 0.2 else NAMES[:3]
+        self.masters = [Machine(self, name) for name in NAMES]
+        self.learners = [Machine(self, "watcher", learner=True)]
+        self.machines = [*self.masters, *self.learners]
+        self.clients = [Client(self, n) for n in range(CLIENTS)]
 
-    def running(self) -> list[Member]:
-        """Those whose process runs."""
-        return [m for m in self.members.values() if m.core is not None]
+    def fail(self, error: BaseException) -> None:
+        """The story ends here."""
+        if self.loop.error is None:
+            self.loop.error = error
 
-    # --- links
+    def note(self, kind: str, happened: bool) -> None:
+        """Count it if it happened."""
+        self.seen[kind] += happened
 
-    def connect(self, member: Member) -> None:
-        """A process has come up, or has another name now."""
-        for other in self.running():
-            if other is not member:
-                other.up(member.name, member.ident)
-                member.up(other.name, other.ident)
+    # --- what an administrator knows
 
-    def disconnect(self, member: Member) -> None:
-        """A process is gone."""
-        for other in self.running():
-            if other is not member:
-                other.down(member.name)
-        member.peers.clear()
+    def members(self) -> dict[str, bytes]:
+        """The masters that vote, as the most advanced replica has them."""
+        best = max(self.machines, key=lambda m: m.store.applied[0] if m.store else 0)
+        if best.store:
+            return dict(best.store.members())
+        rows = DictRows()
+        kept = max((m.vault.kept for m in self.machines), key=lambda c: c.index)
+        rows.rows.update(kept.rows)
+        return read.members(rows)
 
-    def send(self, source: Member, target: str, message: Any) -> None:
-        """Into the network; it arrives only at what is called now as it was then."""
-        self.net.send(self.now, source.name, target, (source.ident, message))
+    def may_lose(self, machine: Machine) -> bool:
+        """Whether a voter's disk may go: all other voters are themselves, and run."""
+        members = self.members()
+        if machine.name not in members or machine.uuid != members[machine.name]:
+            return False
+        others = [m for m in self.masters if m.name in members and m is not machine]
+        return all(m.running and m.uuid == members[m.name] and not m.flipped for m in others)
 
-    # --- time
-
-    def run(self, seconds: float) -> None:
-        """Let time pass."""
-        until = self.now + seconds
-        while self.now < until:
-            self.now += STEP_S
-            for source, target, (ident, message) in self.net.due(self.now):
-                member = self.members[target]
-                if member.core is not None and member.peers.get(source) == ident:
-                    member.receive(source, message)
-            for member in self.running():
-                if member.paused_until <= self.now:
-                    member.turn(self.now)
-                    self._check_leader(member)
-
-    # --- faults
-
-    def fault(self) -> None:
-        """One thing goes wrong, or is mended."""
-        self.faults += 1
-        member = self.members[self.chance.choice(NAMES)]
-        kinds = (
-            (25, self._kill_or_start), (20, self._partition), (18, self._heal), (7, self._suspend),
-            (8, self._cut_all), (6, self._pause), (6, self._slow_disk), (4, self._full_disk),
-            (4, self._lose_disk), (14, self._change_membership),
-        )  # fmt: skip
-        weights = [weight for weight, _ in kinds]
-        self.chance.choices([kind for _, kind in kinds], weights)[0](member)
-
-    def _kill_or_start(self, member: Member) -> None:
-        if member.core is None:
-            if member.files.content:  # else nobody has begun to use the machine
-                member.start()
+    def bring_back(self, machine: Machine) -> None:
+        """Start what is down; what must not start again is replaced if it is still a master."""
+        if machine.running or machine.uuid is None:
             return
-        power = self.chance.random() < 0.5
-        self.seen["power cut" if power else "kill"] += 1
-        member.stop(power=power)
+        if not machine.refused:
+            machine.start()
+        elif machine.name in self.members():
+            machine.new_disk(join=True)
+            machine.peers = tuple(sorted(self.members()))
+            machine.start()
 
-    def _partition(self, member: Member) -> None:
-        one_way = self.chance.random() < 0.5
-        self.seen["one-way partition" if one_way else "partition"] += 1
-        for other in NAMES:
-            if other != member.name:
-                self.net.cut.add((member.name, other))
-                if not one_way:
-                    self.net.cut.add((other, member.name))
+    # --- the story
 
-    def _heal(self, member: Member) -> None:
-        self.net.cut.clear()
+    async def tell(self, faults: int) -> None:
+        """Found the cluster, break things under load, mend, compare."""
+        for machine in self.masters:
+            if machine.name in self.voters:
+                machine.start()
+        self.learners[0].start()
+        while not self.members():
+            await asyncio.sleep(0.1)
+        work = [self.loop.create_task(c.work()) for c in self.clients]
+        chooser = Faults(self)
+        for _ in range(faults):
+            await asyncio.sleep(self.chance.uniform(0.05, 0.9))
+            chooser.one()
+        await self._mend()
+        self.ended = True
+        await asyncio.wait_for(asyncio.gather(*work), _SETTLE_S)
+        await self._agree()
 
-    def _suspend(self, member: Member) -> None:
-        self.seen["everybody suspended"] += 1
-        self.now += self.chance.uniform(0.5, 2.0)
+    async def _mend(self) -> None:
+        self.net.heal()
+        self.net.slowest_s = 0.01
+        for machine in self.machines:
+            machine.disk.repair()
+            machine.slow_until = 0.0
+            self.bring_back(machine)
+        await asyncio.sleep(1.0)
 
-    def _cut_all(self, member: Member) -> None:
-        self.seen["power cut of all"] += 1
-        stopped = self.running()
-        for other in stopped:
-            other.stop(power=True)
-        for other in stopped:
-            other.start()
+    async def _agree(self) -> None:
+        """All replicas come to the same state, which has everything acknowledged."""
+        until = self.loop.now + _SETTLE_S
+        while not self._agreed():
+            for machine in self.machines:
+                self.bring_back(machine)
+            must(self.loop.now < until, f"no agreement: {self._where()}")
+            await asyncio.sleep(0.3)
 
-    def _pause(self, member: Member) -> None:
-        self.seen["pause"] += 1
-        member.paused_until = self.now + self.chance.uniform(0.3, 2.0)
+    def _voting(self) -> list[Machine]:
+        members = self.members()
+        return [m for m in self.masters if m.name in members]
 
-    def _slow_disk(self, member: Member) -> None:
-        self.seen["slow disk"] += 1
-        member.slow_until = self.now + self.chance.uniform(0.5, 2.0)
+    def _agreed(self) -> bool:
+        members = self.members()
+        voting = self._voting()
+        if not all(m.running and m.store and m.uuid == members[m.name] for m in voting):
+            return False
+        stores = [m.store for m in [*voting, *self.learners] if m.store is not None]
+        return (
+            len(stores) == len(voting) + 1
+            and len({s.applied for s in stores}) == 1
+            and stores[0].applied[0] >= self.law.acknowledged
+            and len({s.digest() for s in stores}) == 1
+            and any(m.leads for m in voting)
+        )
 
-    def _full_disk(self, member: Member) -> None:
-        if member.core is not None:
-            member.files._fail_at = member.files.calls + self.chance.randrange(1, 6)
-            member.files._error = OSError
+    def _where(self) -> str:
+        return ", ".join(
+            f"{m.ident} {m.store.applied if m.store else 'down'}" for m in self.machines
+        )
 
-    def _lose_disk(self, member: Member) -> None:
-        """As an administrator would do it: one at a time, and only when the others are a majority.
-        """
-        voter = member.name in self.voters
-        if not voter or self._lost() or not self._majority_without(member):
-            return
-        self.seen["disk lost"] += 1
-        if member.core is not None:
-            member.stop(power=False)
-        member.new_disk(voter=False)
-        member.start()
+    @property
+    def acked(self) -> int:
+        """Operations that clients were told of."""
+        return sum(c.acked for c in self.clients)
 
-    def _lost(self) -> bool:
-        return any(self.voters.get(m.name, m.uuid) != m.uuid for m in self.members.values())
+    @property
+    def reads(self) -> int:
+        """Guarded reads that were answered."""
+        return sum(c.reads for c in self.clients)
 
-    def _majority_without(self, member: Member) -> bool:
-        voters = set(self.voters)
-        up = {m.name for m in self.running() if m.voter} & (voters - {member.name})
-        return 2 * len(up) > len(voters)
+    @property
+    def virtual_s(self) -> float:
+        """How long it was for those inside."""
+        return self.loop.now - BEGINNING
 
-    def _change_membership(self, member: Member) -> None:
-        """Whoever leads is asked to add a machine that has joined, or to remove one."""
-        voters = set(self.voters)
-        waiting = [m for m in self.running() if not m.voter and m.name not in voters]
-        stopped = [m for m in self.members.values() if m.core is None and m.name not in voters]
-        if waiting:
-            command = b"+%s %s" % (waiting[0].name.encode(), waiting[0].uuid.hex().encode())
-        elif stopped and len(voters) < 5:
-            if stopped[0].uuid not in self._asked:
-                stopped[0].new_disk(voter=False)
-            stopped[0].start()
-            return
-        elif len(voters) > 3 and member.name in voters:
-            command = b"-" + member.name.encode()
-        else:
-            return
-        for leader in self.running():
-            core = leader.core
-            if core is not None and core.leads and not core.configurations.changing:
-                self.seen["membership asked"] += 1
-                self._asked |= {w.uuid for w in waiting[:1]}
-                core.change_members(command, lambda result, error: self._changed(error))
-
-    def _changed(self, error: Exception | None) -> None:
-        self.seen["membership changed"] += error is None
-
-    def promote(self) -> None:
-        """What the leader does by itself: replacements that have caught up get their votes back."""
-        for leader in self.running():
-            core = leader.core
-            if core is None or not core.leads or core.configurations.changing:
-                continue
-            for node in list(core.learners):
-                name, _, identity = node.id.partition("#")
-                known = leader.members.get(name)
-                caught_up = core.match_index.get(node, 0) >= core.commit_index
-                if known is not None and known.hex() != identity and caught_up:
-                    command = b"=%s %s" % (name.encode(), identity.encode())
-                    core.change_members(command, lambda result, error: None)
-                    break
-
-    def mend(self) -> None:
-        """Everything works again."""
-        self.net.cut.clear()
-        self.net.bad = False
-        for member in self.members.values():
-            member.paused_until = member.slow_until = 0.0
-            member.files._fail_at = 0
-            if member.core is None and member.files.content:
-                member.start()
-
-    # --- clients
-
-    def propose(self) -> None:
-        """Whoever believes to lead gets a command."""
-        for member in self.running():
-            core = member.core
-            if core is None or not core.leads or member.paused_until > self.now:
-                continue
-            self.proposed += 1
-            command = b"c%d" % self.proposed
-
-            def done(result: Any, error: Exception | None, command: bytes = command) -> None:
-                if error is None:
-                    self.acked.add(command)
-
-            core.propose(command, done)
-            core.replicate()
-
-    def read(self) -> None:
-        """A guarded read at whoever believes to lead must see everything acknowledged before."""
-        for member in self.running():
-            core = member.core
-            if core is None:
-                continue
-            before = set(self.acked)
-
-            def done(
-                error: Exception | None, member: Member = member, before: set[bytes] = before
-            ) -> None:
-                if error is None:
-                    self.reads += 1
-                    missing = before - set(member.commands)
-                    assert not missing, f"stale read on {member.name}: {missing}"
-                else:
-                    assert isinstance(error, NotLeader)
-
-            core.read_index(done)
-
-    # --- what must hold
-
-    def _check_leader(self, member: Member) -> None:
-        core = member.core
-        if core is not None and core.state == LEADER:
-            known = self.leaders.setdefault(core.term, member.name)
-            assert known == member.name, f"two leaders in {core.term}: {known} and {member.name}"
-
-    def check_vote(self, term: int, voter: str, candidate: str) -> None:
-        """One vote a term, whatever the voter has gone through."""
-        known = self.votes.setdefault((term, voter), candidate)
-        assert known == candidate, f"{voter} voted for {known} and {candidate} in term {term}"
-
-    def check_applied(self, index: int, term: int, data: bytes) -> None:
-        """State-machine safety: one entry an index, whoever applies it, whenever."""
-        if index not in self.log and data[:1] in (b"+", b"-", b"="):
-            self.voters = read_change(data, self.voters)
-        known = self.log.setdefault(index, (term, data))
-        assert known == (term, data), f"entry {index}: {known} and {(term, data)}"
-
-    def check_end(self) -> None:
-        """After mending: all agree, nothing acknowledged is missing, nothing happened twice."""
-        voters = sorted(self.voters)
-        states = [self.members[n].commands for n in voters]
-        assert all(s == states[0] for s in states), f"{voters} do not agree"
-        assert len(set(states[0])) == len(states[0]), "a command was applied twice"
-        missing = self.acked - set(states[0])
-        assert not missing, f"acknowledged and lost: {sorted(missing)[:5]}"
-        for name in voters:
-            core = self.members[name].core
-            assert core is not None and sorted(self.members[name].members) == voters
-            assert not core.configurations.changing, f"{name} still waits for a change"
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal stories: every message at its time."""
+        return f"{self.net.trace:08x}/{self.loop.events}/{self.loop.now:.6f}"
 
 
-def story(seed: int, faults: int = 25) -> World:
-    """One run: faults and load, then mending and the final checks."""
-    world = World(seed)
-    world.run(1.5)
-    for _ in range(faults):
-        for _ in range(world.chance.randrange(1, 12)):
-            for _ in range(world.chance.choice((1, 1, 4))):
-                world.propose()
-            world.read()
-            world.promote()
-            world.run(world.chance.uniform(0.01, 0.15))
-        world.fault()
-    world.mend()
-    for _ in range(8):
-        world.run(1.0)
-        world.promote()
-        world.mend()
-    world.propose()
-    world.run(1.0)
-    world.check_end()
-    return world
+@contextmanager
+def _observed(world: World) -> Iterator[None]:
+    """Virtual clock and seeded chance for pysyncobj; every entry that a journal takes is compared.
+    """
+    add = DurableJournal.add
+
+    def compared(self: DurableJournal, command: bytes, idx: int, term: int) -> None:
+        if idx - 1 >= self.first_index > 0:
+            world.law.added(idx, term, self.term_at(idx - 1), command)
+        add(self, command, idx, term)
+
+    with (
+        patch.object(syncobj, "monotonicTime", world.loop.time),
+        patch.object(syncobj, "random", random.Random(world.seed + 1)),
+        patch.object(DurableJournal, "add", compared),
+    ):
+        yield
+
+
+def story(seed: int, faults: int = 16, *, log: bool = False) -> World:
+    """One run. Raises whatever was found."""
+    loop = VirtualLoop()
+    _log(loop if log else None)
+    folder = Path(tempfile.mkdtemp(prefix="raftfs-sim-", dir=_memory()))
+    try:
+        world = World(seed, folder, loop)
+        with _observed(world):
+            _run(loop, world, faults)
+        return world
+    finally:
+        loop.bury()
+        logging.disable(logging.NOTSET)
+        structlog.reset_defaults()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(loop: VirtualLoop, world: World, faults: int) -> None:
+    try:
+        loop.run_until_complete(world.tell(faults))
+    except RuntimeError:
+        if loop.error is None:
+            raise
+    if loop.error is not None:
+        raise loop.error
+
+
+def _log(loop: VirtualLoop | None) -> None:
+    """What nodes log goes nowhere, or is printed with the virtual time and whose it is."""
+
+    def stamp(logger: Any, method: str, event: dict[str, Any]) -> dict[str, Any]:
+        process = PROCESS.get()
+        assert loop is not None
+        return {"at": f"{loop.now:.4f}", "who": process and process.name, **event}
+
+    level = logging.CRITICAL if loop is None else logging.INFO
+    logging.disable(logging.CRITICAL)
+    structlog.configure(
+        processors=[stamp, structlog.processors.KeyValueRenderer(["at", "who", "event"])],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+    )
+
+
+def _memory() -> str | None:
+    """Small files that nobody needs: not worth a disk."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None

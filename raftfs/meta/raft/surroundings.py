@@ -1,7 +1,7 @@
 """The world around a replica: its links, disk, thread, wall clock and chance.
 
 Everything else comes from the event loop (`loop.time`, `to_thread`), so with another loop and other
-surroundings a whole cluster runs in one process under virtual time (`tests/sim/whole`).
+surroundings a whole cluster runs in one process under virtual time (`tests/sim`).
 """
 
 import time

@@ -17,7 +17,7 @@ from raftfs.errors import LinkError
 from raftfs.meta.raft.messages import Message, VoteGiven
 from raftfs.wire import frame
 from raftfs.wire.frame import crc32
-from tests.sim.whole.clock import PROCESS, Process, VirtualLoop
+from tests.sim.clock import PROCESS, Process, VirtualLoop
 
 Edge = tuple[str, str]
 

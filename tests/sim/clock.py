@@ -15,6 +15,7 @@ from contextlib import suppress
 from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
+BEGINNING = 1000.0
 THREAD_S = 0.02
 _LAST_WORDS = 9
 STORM_EVENTS = 20_000  # in a second: nodes keep each other busy for nothing
@@ -45,7 +46,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 1000.0
+        self.now = BEGINNING
         self.events = 0
         self._counted_at = 0.0
         self.error: BaseException | None = None

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from raftfs.errors import NotLeader, ReplyError
 from raftfs.wire.ops import AddMember, MembershipOp, RemoveMember
-from tests.sim.whole.node import Machine
+from tests.sim.node import Machine
 
 if TYPE_CHECKING:
-    from tests.sim.whole.world import World
+    from tests.sim.world import World
 
 KINDS = (
     "kill", "kill in a write", "power cut", "power cut in a write", "power cut of all",

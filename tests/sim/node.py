@@ -14,12 +14,12 @@ from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.raft.surroundings import Surroundings
-from tests.sim.whole.clock import THREAD_S, Killed, Process
-from tests.sim.whole.disk import Disk
-from tests.sim.whole.store import SimStore, Vault
+from tests.sim.clock import THREAD_S, Killed, Process
+from tests.sim.disk import Disk
+from tests.sim.store import SimStore, Vault
 
 if TYPE_CHECKING:
-    from tests.sim.whole.world import World
+    from tests.sim.world import World
 
 SEGMENT = 6_000
 

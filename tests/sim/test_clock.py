@@ -6,7 +6,7 @@ import random
 from collections.abc import Coroutine
 from typing import Any
 
-from tests.sim.whole.clock import Process, VirtualLoop
+from tests.sim.clock import Process, VirtualLoop
 
 
 async def _never_begun() -> None:

@@ -15,7 +15,7 @@ from raftfs.meta.state.model import TABLES, Row
 from raftfs.wire.ops import decode_batch
 
 if TYPE_CHECKING:
-    from tests.sim.whole.invariants import Invariants
+    from tests.sim.invariants import Invariants
 
 
 class Checkpoint(NamedTuple):

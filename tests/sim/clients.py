@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from raftfs.errors import NotLeader, OutcomeUnknown, ReplyError, Status
 from raftfs.wire import frame, ops
 from raftfs.wire.ops import Attr, Granted, NodeType, Op, Result
-from tests.sim.whole.invariants import must
-from tests.sim.whole.node import Machine
+from tests.sim.invariants import must
+from tests.sim.node import Machine
 
 if TYPE_CHECKING:
-    from tests.sim.whole.world import World
+    from tests.sim.world import World
 
 _PATIENCE_S = 0.8
 _NAMES = [b"a", b"b", b"c", b"d", b"e"]

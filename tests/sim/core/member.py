@@ -15,7 +15,7 @@ from raftfs.meta.raft.safety import SafeSyncObj
 from tests.unit.raft.disks import FakeFiles
 
 if TYPE_CHECKING:
-    from tests.sim.world import World
+    from tests.sim.core.world import World
 
 FOLDER = Path("journal")
 SEGMENT = 20_000
