@@ -1,21 +1,16 @@
-"""`python -m tests.sim.mutants`: faults planted into what only this simulation runs, and some
-of the core's; the first seed that finds each is printed.
+"""`python -m tests.sim.mutants`: faults are planted into the product, one at a time; the first
+seed that finds each is printed.
 """
 
-import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 from raftfs.meta.raft.checkpoints import Checkpoints
 from raftfs.meta.raft.safety import SafeSyncObj
 from raftfs.meta.state.model import ResultRow
-from tests.sim import mutants as core_mutants
 from tests.sim.__main__ import outcome
+from tests.sim.planted import RAFT_LAYER, Planted, table
 from tests.sim.store import SimStore
-
-Planted = Callable[[], Any]
 
 
 def _forget_results() -> Any:
@@ -63,53 +58,20 @@ def _one_replica_differs() -> Any:
     return patch.object(SimStore, "put", put)
 
 
-_OF_THE_CORE = (
-    "acknowledged before it is durable",
-    "the leader's commit index is believed for what was not compared",
-)
-
 MUTANTS: dict[str, Planted] = {
     "a retry is not recognised": _forget_results,
     "checkpoints do not wait for the journal": _checkpoints_do_not_wait,
     "a sent snapshot counts as the whole log": _snapshots_claim_the_end_of_the_log,
     "a snapshot leaves the old log as it was": _install_whatever_comes,
     "one replica applies otherwise": _one_replica_differs,
-    **{name: core_mutants.MUTANTS[name] for name in _OF_THE_CORE},
+    **RAFT_LAYER,
 }
 
 
-@contextmanager
-def planted(name: str) -> Iterator[None]:
-    """The fault is there inside."""
-    with MUTANTS[name]():
-        yield
-
-
-def first_finding(name: str, seeds: range) -> tuple[int, str] | None:
-    """The first seed whose story fails with the fault planted, and how."""
-    with planted(name):
-        for seed in seeds:
-            found = outcome(seed)
-            if found.error:
-                return seed, found.error
-    return None
-
-
-def main() -> int:
-    """Print a line for each fault; 1 if one was not found."""
-    parser = argparse.ArgumentParser(prog="python -m tests.sim.mutants")
-    parser.add_argument("--seeds", type=int, default=60)
-    parser.add_argument("--only", default="", help="part of a fault's name")
-    args = parser.parse_args()
-    missed = 0
-    for name in MUTANTS:
-        if args.only in name:
-            found = first_finding(name, range(args.seeds))
-            missed += found is None
-            told = f"seed {found[0]:4}  {found[1][:70]}" if found else "NOT FOUND"
-            print(f"{name:65} {told}", flush=True)
-    return int(missed > 0)
+def finding(seed: int) -> str:
+    """What the seed's story came to, "" if all was well."""
+    return outcome(seed).error
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(table("python -m tests.sim.mutants", MUTANTS, finding, 60))

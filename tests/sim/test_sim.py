@@ -9,7 +9,8 @@ import pytest
 
 from tests.sim.__main__ import many, outcome
 from tests.sim.faults import EFFECTS, KINDS
-from tests.sim.mutants import MUTANTS, first_finding
+from tests.sim.mutants import MUTANTS, finding
+from tests.sim.planted import first_finding
 
 SEEDS = int(os.environ.get("RAFTFS_SIM_SEEDS", "120"))
 _SLICE = 20
@@ -66,4 +67,4 @@ def test_a_learner_that_must_wait_for_a_commit_is_not_flooded() -> None:
 
 @pytest.mark.parametrize("name", list(MUTANTS))
 def test_a_planted_fault_is_found(name: str) -> None:
-    assert first_finding(name, range(25)), f"{name}: not found"
+    assert first_finding(MUTANTS[name], finding, range(25)), f"{name}: not found"

@@ -1,105 +1,17 @@
 """`python -m tests.sim.core.mutants`: does the simulation bite? Known faults are planted back,
 one at a time, and the first seed that finds each is printed.
-
-Most are faults that stock pysyncobj has (`docs/decisions/001`); the others are mistakes that the
-rules for durability and membership are there to prevent.
 """
 
-import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 from pysyncobj import syncobj
 
-from raftfs.meta.raft.configurations import Configurations
 from raftfs.meta.raft.journal import DurableJournal
-from raftfs.meta.raft.messages import Ack, Append
-from raftfs.meta.raft.safety import LEADER, SafeSyncObj
 from tests.sim.core.member import Member
 from tests.sim.core.world import story
-
-Planted = Callable[[], Any]
-
-
-def _acknowledge_at_once() -> Any:
-    def ack(self: SafeSyncObj, node: Any, seq: int, next_index: int, *, matched: bool = False,
-            reset: bool = False) -> None:  # fmt: skip
-        self._transport_.send(node, Ack(self.term, seq, next_index, matched, reset))
-
-    return patch.object(SafeSyncObj, "_ack", ack)
-
-
-def _count_oneself_before_the_disk() -> Any:
-    original = SafeSyncObj._advance_commit
-
-    def advance(self: SafeSyncObj) -> None:
-        durable, self.journal.durable_index = self.journal.durable_index, self.journal.last_index
-        try:
-            original(self)
-        finally:
-            self.journal.durable_index = durable
-
-    return patch.object(SafeSyncObj, "_advance_commit", advance)
-
-
-def _forget_votes() -> Any:
-    def set_term(self: DurableJournal, term: int, vote: str | None) -> None:
-        self._term, self._vote = term, vote or ""
-
-    return patch.object(DurableJournal, "setCurrentTerm", set_term)
-
-
-def _count_old_acknowledgements() -> Any:
-    original = SafeSyncObj._on_ack
-
-    def on_ack(self: SafeSyncObj, node: Any, m: Ack) -> None:
-        if m.term < self.term and self.state == LEADER:
-            m = Ack(self.term, m.seq, m.next_index, m.matched, m.reset)
-        original(self, node, m)
-
-    return patch.dict(SafeSyncObj._HANDLERS, {Ack: on_ack})
-
-
-def _cut_without_conflict() -> Any:
-    def take(self: SafeSyncObj, prev: int, entries: list[Any]) -> None:
-        if prev < self.journal.last_index:
-            self.journal.deleteEntriesFrom(prev + 1 - self.journal.first_index)
-        for entry in entries:
-            self._add(*entry)
-
-    return patch.object(SafeSyncObj, "_take_entries", take)
-
-
-def _believe_the_commit_index() -> Any:
-    original = SafeSyncObj._on_append
-
-    def on_append(self: SafeSyncObj, node: Any, m: Append) -> None:
-        original(self, node, m)
-        if m.term == self.term:
-            self.commit_index = max(self.commit_index, min(m.commit, self.journal.last_index))
-
-    return patch.dict(SafeSyncObj._HANDLERS, {Append: on_append})
-
-
-def _read_without_asking() -> Any:
-    def read(self: SafeSyncObj, done: Callable[[Exception | None], None]) -> None:
-        if self.leads:
-            done(None)
-
-    return patch.object(SafeSyncObj, "read_index", read)
-
-
-def _commit_entries_of_older_terms() -> Any:
-    def advance(self: SafeSyncObj) -> None:
-        have = {n.id: i for n, i in self.match_index.items()}
-        have[self.selfNode.id] = self.journal.durable_index
-        self.commit_index = max(self.commit_index, min(
-            self.configurations.reached(have), self.journal.last_index))  # fmt: skip
-
-    return patch.object(SafeSyncObj, "_advance_commit", advance)
+from tests.sim.planted import RAFT_LAYER, Planted, table
 
 
 def _checkpoint_ahead_of_the_journal() -> Any:
@@ -121,10 +33,6 @@ def _checkpoint_ahead_of_the_journal() -> Any:
     return patch.object(Member, "_save", save)
 
 
-def _only_the_old_majority() -> Any:
-    return patch.object(Configurations, "_all", lambda self: [self._names(self._applied)])
-
-
 def _come_back_without_the_disk() -> Any:
     """As its old self, having forgotten its votes and acknowledgements."""
     original = Member.new_disk
@@ -136,58 +44,24 @@ def _come_back_without_the_disk() -> Any:
 
 
 MUTANTS: dict[str, Planted] = {
-    "acknowledged before it is durable": _acknowledge_at_once,
-    "the leader counts itself before its disk has it": _count_oneself_before_the_disk,
-    "votes are not kept": _forget_votes,
-    "acknowledgements of older terms count": _count_old_acknowledgements,
-    "the log is cut without a conflict": _cut_without_conflict,
-    "the leader's commit index is believed for what was not compared": _believe_the_commit_index,
-    "reads without asking a majority": _read_without_asking,
+    **RAFT_LAYER,
     "a lost disk comes back under its old identity": _come_back_without_the_disk,
-    "only the majority before a change counts": _only_the_old_majority,
     "checkpoints ahead of the journal": _checkpoint_ahead_of_the_journal,
-    "entries of older terms are committed by counting": _commit_entries_of_older_terms,
 }
 
 
-@contextmanager
-def planted(name: str) -> Iterator[None]:
-    """The fault is there inside."""
+def finding(seed: int) -> str:
+    """What the seed's story came to, "" if all was well."""
     clock, chance = syncobj.monotonicTime, syncobj.random
     try:
-        with MUTANTS[name]():
-            yield
+        story(seed)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
     finally:
         syncobj.monotonicTime, syncobj.random = clock, chance
-
-
-def first_finding(name: str, seeds: range) -> tuple[int, str] | None:
-    """The first seed whose story fails with the fault planted, and how."""
-    with planted(name):
-        for seed in seeds:
-            try:
-                story(seed)
-            except Exception as e:
-                return seed, f"{type(e).__name__}: {e}"
-    return None
-
-
-def main() -> int:
-    """Print a line for each fault; 1 if one was not found."""
-    parser = argparse.ArgumentParser(prog="python -m tests.sim.core.mutants")
-    parser.add_argument("--seeds", type=int, default=400)
-    parser.add_argument("--only", default="", help="part of a fault's name")
-    args = parser.parse_args()
-    logging.disable(logging.CRITICAL)
-    missed = 0
-    for name in MUTANTS:
-        if args.only in name:
-            found = first_finding(name, range(args.seeds))
-            missed += found is None
-            told = f"seed {found[0]:4}  {found[1][:70]}" if found else "NOT FOUND"
-            print(f"{name:65} {told}", flush=True)
-    return int(missed > 0)
+    return ""
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    logging.disable(logging.CRITICAL)
+    raise SystemExit(table("python -m tests.sim.core.mutants", MUTANTS, finding, 400))
