@@ -18,7 +18,9 @@ from raftfs.meta.chunkhub import ChunkHub
 from raftfs.meta.grants import Grants
 from raftfs.meta.healer import Healer, HealingConfig
 from raftfs.meta.proposer import Proposer
+from raftfs.meta.raft.checkpoints import CheckpointLimits
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
+from raftfs.meta.raft.surroundings import Surroundings
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import read
 from raftfs.meta.store import MetaStore
@@ -42,6 +44,7 @@ class MasterConfig(NamedTuple):
     join: bool = False
     export_lines: tuple[exports.ExportLine, ...] = ()
     healing: HealingConfig = HealingConfig()
+    checkpoints: CheckpointLimits = CheckpointLimits()
 
     @property
     def port(self) -> int:
@@ -67,19 +70,27 @@ def parse_peer(item: str) -> str:
 class Master:
     """Everything that one master process runs."""
 
-    def __init__(self, config: MasterConfig, key: ClusterKey) -> None:
+    def __init__(
+        self,
+        config: MasterConfig,
+        key: ClusterKey,
+        store: MetaStore | None = None,
+        around: Surroundings | None = None,
+    ) -> None:
+        around = around or Surroundings()
         self._config = config
         self._key = key
-        self.store = MetaStore(config.data_dir / "state.mdb")
+        self.store = store or MetaStore(config.data_dir / "state.mdb")
         self.replica = Replica(
             ReplicaConfig(
                 name=config.name, peers=config.peers, data_dir=config.data_dir,
-                join=config.join,
+                join=config.join, checkpoints=config.checkpoints,
             ),
             self.store,
             key,
+            around,
         )  # fmt: skip
-        self.proposer = Proposer(self.replica)
+        self.proposer = Proposer(self.replica, around.wall_ns)
         self.hub = ChunkHub(
             cluster=lambda: read.totals(self.store).cluster,
             term=lambda: self.replica.term,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from raftfs.errors import NotLeader, ReplyError
 from raftfs.wire.ops import AddMember, MembershipOp, RemoveMember
+from tests.sim.clock import Process
 from tests.sim.node import Machine
 
 if TYPE_CHECKING:
@@ -17,11 +18,15 @@ KINDS = (
     "kill", "kill in a write", "power cut", "power cut in a write", "power cut of all",
     "partition", "one-way partition", "slow network", "connection broken", "pause", "clock jump",
     "everybody suspended", "slow disk", "disk full", "I/O error", "journal flip", "snapshot flip",
-    "disk lost", "join", "member change asked", "leadership handed over",
+    "disk lost", "join", "member change asked", "leadership handed over", "orderly stop asked",
+    "chunkserver kill", "chunkserver power cut", "chunkserver pause", "chunkserver partition",
+    "chunkserver full", "chunkserver replaced", "client partition", "client pause",
 )  # fmt: skip
 EFFECTS = (
     "disk stops a node", "damage refused", "torn sector", "duplicated message",
-    "request asked twice", "member added", "member removed", "removed",
+    "member added", "member removed", "removed", "orderly stop", "write acknowledged", "fsync",
+    "write committed", "write given up", "content read", "unsynced write lost", "copy replicated",
+    "copy destroyed", "version raised", "old term refused",
 )  # fmt: skip
 
 
@@ -35,7 +40,10 @@ class Faults:
             (14, self._partition), (14, self._heal), (5, self._slow_network), (8, self._break),
             (8, self._pause), (4, self._clock), (4, self._suspend), (5, self._slow_disk),
             (5, self._failing_disk), (5, self._flip_journal), (6, self._flip_snapshot),
-            (5, self._lose_disk), (12, self._membership), (4, self._hand_over),
+            (5, self._lose_disk), (12, self._membership), (4, self._hand_over), (4, self._stop),
+            (10, self._kill_server), (5, self._pause_server), (6, self._cut_server),
+            (3, self._fill_server), (3, self._replace_server), (5, self._cut_client),
+            (3, self._pause_client),
         ]  # fmt: skip
 
     def one(self) -> None:
@@ -51,7 +59,13 @@ class Faults:
     def _start(self, machine: Machine) -> str:
         for one in self.world.machines:
             self.world.bring_back(one)
+        for server in self.world.chunkservers:
+            if not server.running:
+                server.start()
         return ""
+
+    def _stop(self, machine: Machine) -> str:
+        return "orderly stop asked" if machine.stop() else ""
 
     def _kill(self, machine: Machine) -> str:
         power = self.chance.random() < 0.5
@@ -82,15 +96,17 @@ class Faults:
         return "power cut of all"
 
     def _pause(self, machine: Machine) -> str:
-        process = machine.process
+        return "pause" if self._paused(machine.process) else ""
+
+    def _paused(self, process: Process | None) -> bool:
         if process is None or not process.alive or process.paused:
-            return ""
+            return False
         process.paused = True
         self.world.loop.call_later(
             self.chance.uniform(0.2, 1.8), self.world.loop.resume, process,
             context=self.world.outside,
         )  # fmt: skip
-        return "pause"
+        return True
 
     def _suspend(self, machine: Machine) -> str:
         self.world.loop.now += self.chance.uniform(0.3, 2.0)
@@ -103,15 +119,22 @@ class Faults:
     # --- network
 
     def _partition(self, machine: Machine) -> str:
-        me = machine.name.partition(":")[0]
-        one_way = self.chance.random() < 0.5
-        for other in self.world.machines:
-            name = other.name.partition(":")[0]
-            if other is not machine:
+        """From the other masters; from chunkservers and clients as well, or not."""
+        everybody = [m.host for m in self.world.machines]
+        if self.chance.random() < 0.5:
+            everybody += [s.host for s in self.world.chunkservers]
+            everybody += [c.name for c in self.world.clients]
+        return f"{self._cut_off(machine.host, everybody)}partition"
+
+    def _cut_off(self, me: str, others: list[str]) -> str:
+        """Both ways, or (said so) only what goes out or only what comes in."""
+        way = self.chance.choice(("both", "both", "out", "in"))
+        for name in others:
+            if name != me and way != "in":
                 self.world.net.cut.add((me, name))
-                if not one_way:
-                    self.world.net.cut.add((name, me))
-        return "one-way partition" if one_way else "partition"
+            if name != me and way != "out":
+                self.world.net.cut.add((name, me))
+        return "" if way == "both" else "one-way "
 
     def _heal(self, machine: Machine) -> str:
         self.world.net.heal()
@@ -124,6 +147,58 @@ class Faults:
 
     def _break(self, machine: Machine) -> str:
         return "connection broken" if self.world.net.break_one(self.chance) else ""
+
+    # --- chunkservers and clients
+
+    def _kill_server(self, machine: Machine) -> str:
+        server = self.chance.choice(self.world.chunkservers)
+        power = self.chance.random() < 0.5
+        if not server.running:
+            server.start()
+            return ""
+        server.die(power=power)
+        return "chunkserver power cut" if power else "chunkserver kill"
+
+    def _pause_server(self, machine: Machine) -> str:
+        server = self.chance.choice(self.world.chunkservers)
+        return "chunkserver pause" if self._paused(server.process) else ""
+
+    def _cut_server(self, machine: Machine) -> str:
+        """From all, or only from one master, which may be the one that leads."""
+        server = self.chance.choice(self.world.chunkservers)
+        everybody = [m.host for m in self.world.machines]
+        if self.chance.random() < 0.5:
+            everybody = [machine.host]
+        else:
+            everybody += [c.name for c in self.world.clients]
+        self._cut_off(server.host, everybody)
+        return "chunkserver partition"
+
+    def _fill_server(self, machine: Machine) -> str:
+        disk = self.chance.choice(self.world.chunkservers).disk
+        disk.full = not disk.full
+        return "chunkserver full" if disk.full else ""
+
+    def _replace_server(self, machine: Machine) -> str:
+        """An administrator takes one away for good that nothing depends on."""
+        server = self.chance.choice(self.world.chunkservers)
+        if not self.world.may_replace(server):
+            return ""
+        server.die(power=True)
+        server.new_disk()
+        server.start()
+        return "chunkserver replaced"
+
+    def _cut_client(self, machine: Machine) -> str:
+        everybody = [m.host for m in self.world.machines]
+        if self.chance.random() < 0.5:
+            everybody = [s.host for s in self.world.chunkservers]
+        self._cut_off(self.chance.choice(self.world.clients).name, everybody)
+        return "client partition"
+
+    def _pause_client(self, machine: Machine) -> str:
+        client = self.chance.choice(self.world.clients)
+        return "client pause" if self._paused(client.process) else ""
 
     # --- disks
 

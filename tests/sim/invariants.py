@@ -1,26 +1,33 @@
 """What must hold after every event, whatever has gone wrong."""
 
+from collections.abc import Callable
 from typing import Any
 
+from raftfs.const import ROOT_INODE
 from raftfs.meta.raft.safety import LEADER
-from raftfs.meta.state.apply import Applied
-from raftfs.wire.ops import Result
+from raftfs.meta.state import read
+from raftfs.meta.state.apply import Applied, apply_batch
+from raftfs.meta.state.dictrows import DictRows
+from raftfs.wire import frame
+from raftfs.wire.messages import DirPage
+from raftfs.wire.ops import Result, decode_batch
+from tests.sim.broken import must
 
-
-class Broken(BaseException):
-    """A promise was not kept. No `except Exception` of a node may catch it."""
-
-
-def must(holds: bool, what: str) -> None:
-    """Broken unless it holds."""
-    if not holds:
-        raise Broken(what)
+_TERM, _COMMIT, _STATE = (
+    f"_SyncObj__{name}" for name in ("raftCurrentTerm", "raftCommitIndex", "raftState")
+)
 
 
 class Invariants:
-    """An observer that sees all nodes at once, and forgets nothing."""
+    """An observer that sees all nodes at once, and forgets nothing.
+
+    `truth`: the state after everything committed so far, applied here once more.
+    """
 
     def __init__(self) -> None:
+        self.truth = DictRows()
+        self.on_commit: list[Callable[[list[Applied]], None]] = []
+        self.listings: list[tuple[int, DirPage]] = []  # of the root, as it came to be at an index
         self.leaders: dict[int, str] = {}
         self.votes: dict[tuple[int, str], str] = {}
         self.log: dict[int, tuple[int, bytes]] = {}
@@ -31,18 +38,23 @@ class Invariants:
         self.committed = 0
         self.acknowledged = 0  # the highest index that a client was told of
         self._terms: dict[str, int] = {}
-        self._commits: dict[int, tuple[Any, int]] = {}
+        self._looked: dict[str, tuple[Any, tuple[int, int, int]]] = {}
 
     # --- elections
 
     def look(self, who: str, core: Any) -> None:
         """At one node, after each of its events: one leader a term, terms and commits only grow."""
-        term, commit = core.term, core.commit_index
+        mine = core.__dict__  # its properties are too slow for being asked after each event
+        now = (mine[_TERM], mine[_COMMIT], mine[_STATE])
+        last = self._looked.get(who)
+        if last is not None and last[0] is core and last[1] == now:
+            return
+        self._looked[who] = (core, now)
+        term, commit, _ = now
         must(term >= self._terms.get(who, 0), f"{who}'s term fell to {term}")
         self._terms[who] = term
-        before = self._commits.get(id(core))
-        must(before is None or commit >= before[1], f"{who}'s commit index fell to {commit}")
-        self._commits[id(core)] = (core, commit)  # with the core, so that its id stays taken
+        fell = last is not None and last[0] is core and commit < last[1][1]
+        must(not fell, f"{who}'s commit index fell to {commit}")
         if core.state == LEADER and self.leaders.get(term) != who:
             other = self.leaders.get(term)
             must(other is None, f"two leaders in {term}: {other} and {who}")
@@ -75,11 +87,22 @@ class Invariants:
         known = self.log.setdefault(index, (term, data))
         must(known == (term, data), f"{who} applies another entry {index}")
         if index not in self.results:
-            self.results[index] = results
-            self.committed = max(self.committed, index)
-            for one in results:
-                self._once(index, one)
+            self._commit(index, data)
         must(self.results[index] == results, f"{who} has another result of entry {index}")
+
+    def _commit(self, index: int, data: bytes) -> None:
+        must(index == self.committed + 1, f"entry {index} is applied before {self.committed + 1}")
+        self.committed = index
+        results = apply_batch(self.truth, index, decode_batch(data)) if data else []
+        self.results[index] = results
+        for one in results:
+            self._once(index, one)
+        if self.truth.rows:
+            page = read.readdir(self.truth, ROOT_INODE, b"", 100)
+            if not self.listings or self.listings[-1][1] != page:
+                self.listings.append((index, page))
+        for tell in self.on_commit:
+            tell(results)
 
     def _once(self, index: int, one: Applied) -> None:
         key = (one.command.session, one.command.seq)
@@ -98,16 +121,28 @@ class Invariants:
 
     # --- clients
 
-    def told(self, session: int, seq: int, result: Result, since: int) -> None:
-        """A client got an answer to what it first asked when `since` was acknowledged."""
-        if result.status:
-            return
+    def told(self, session: int, seq: int, value: Any, answer: Any, since: int) -> None:
+        """A client got `value` (of type `answer`) as the answer to what it first asked when `since`
+        was acknowledged.
+        """
         must((session, seq) in self.done, f"{session}/{seq} was acknowledged, not applied")
         index, applied = self.done[session, seq]
-        must(applied == result, f"{session}/{seq} got {result} instead of {applied}")
+        right = None if answer is None else frame.decode(answer, applied.value)
+        must(value == right, f"{session}/{seq} got {value} instead of {right}")
         must(index > since, f"{session}/{seq} took effect before it was asked")
         self.acknowledged = max(self.acknowledged, index)
 
-    def read(self, who: str, index: int, since: int) -> None:
-        """A guarded read sees everything that was acknowledged before it was asked."""
-        must(index >= since, f"stale read at {who}: {index}, acknowledged {since}")
+    def refused(self, session: int, seq: int) -> None:
+        """A client was told that it failed."""
+        must((session, seq) not in self.done, f"{session}/{seq} took effect, but was refused")
+
+    def listed(self, page: DirPage, since: int) -> None:
+        """A directory was read that was asked for when `since` was acknowledged: it is as it was at
+        some moment from then on.
+        """
+        ends = [index for index, _ in self.listings[1:]] + [self.committed + 1]
+        fresh = any(
+            page == known and end > since
+            for (_, known), end in zip(self.listings, ends, strict=True)
+        )
+        must(fresh, f"stale read: {page.entries}, acknowledged {since}")

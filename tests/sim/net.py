@@ -18,8 +18,10 @@ from raftfs.meta.raft.messages import Message, VoteGiven
 from raftfs.wire import frame
 from raftfs.wire.frame import crc32
 from tests.sim.clock import PROCESS, Process, VirtualLoop
+from tests.sim.tcp import Stream, Tcp
 
 Edge = tuple[str, str]
+_UNHEARD_S = (0.5, 5.0)  # until a machine without power is known to be gone
 
 
 def machine_of(name: str) -> str:
@@ -127,17 +129,23 @@ class Network:
         self.ends: dict[int, End] = {}
         self.seen: Counter[str] = Counter()
         self.trace = 0
-        self._streams: dict[Edge, random.Random] = {}
+        self.streams: list[Stream] = []
+        self._chances: dict[Edge, random.Random] = {}
+        loop.tcp = Tcp(self)
 
-    def stream(self, edge: Edge) -> random.Random:
-        """The chance of one direction between two machines."""
-        if edge not in self._streams:
-            self._streams[edge] = random.Random(f"{self._seed}/{edge[0]}/{edge[1]}")
-        return self._streams[edge]
+    def chance(self, edge: Edge) -> random.Random:
+        """Of one direction between two machines."""
+        if edge not in self._chances:
+            self._chances[edge] = random.Random(f"{self._seed}/{edge[0]}/{edge[1]}")
+        return self._chances[edge]
 
     def delay(self, edge: Edge) -> float:
         """Of one message, in seconds."""
-        return self.stream(edge).uniform(0.0005, self.slowest_s)
+        return self.chance(edge).uniform(0.0005, self.slowest_s)
+
+    def silence_s(self, edge: Edge) -> float:
+        """Until an end learns that the other is gone, when nobody tells it."""
+        return self.chance(edge).uniform(*_UNHEARD_S)
 
     async def serve(self, host: str, port: int, *, name: str, **calls: Any) -> Listener:
         """As `rpc.serve`."""
@@ -191,7 +199,7 @@ class Network:
     def heal(self) -> None:
         """No cuts any more."""
         self.cut.clear()
-        for end in list(self.ends.values()):
+        for end in [*self.ends.values(), *self.streams]:
             end.healed()
 
     def break_one(self, chance: random.Random) -> bool:
@@ -218,3 +226,9 @@ class Network:
             if other is not None and other.process.alive:
                 delay = 1.0 if power else 0.001
                 self.loop.call_later(delay, other.shut, context=other.process.here)
+        for stream in [s for s in self.streams if s.process is process]:
+            self.streams.remove(stream)
+            peer = stream.other
+            if peer is not None and peer.process.alive:
+                delay = self.silence_s(stream.edge) if power else 0.001
+                self.loop.call_later(delay, peer.lose, context=peer.process.here)

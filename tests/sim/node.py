@@ -1,27 +1,64 @@
-"""A simulated machine: its disks, and while it runs, the real replica and proposer on it."""
+"""A simulated machine: its disks, and while it runs, the real master (or learner) on it."""
 
 import asyncio
 import random
 import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raftfs.conf import exports
 from raftfs.errors import UserError
-from raftfs.meta.proposer import Proposer
+from raftfs.meta.healer import HealingConfig
+from raftfs.meta.master import Master, MasterConfig
 from raftfs.meta.raft.checkpoints import CheckpointLimits
 from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.raft.surroundings import Surroundings
+from raftfs.meta.state.apply import Applied
+from raftfs.meta.store import MetaStore
 from tests.sim.clock import THREAD_S, Killed, Process
 from tests.sim.disk import Disk
-from tests.sim.store import SimStore, Vault
+from tests.sim.net import machine_of
 
 if TYPE_CHECKING:
+    from tests.sim.invariants import Invariants
     from tests.sim.world import World
 
 SEGMENT = 6_000
+_CHECKPOINTS = CheckpointLimits(
+    rows=25, every_s=1.0, quiet_s=0.4, tail_entries=10, tail_bytes=2_000
+)
+_HEALING = HealingConfig(
+    start_delay_s=0.5, endangered_delay_s=0.4, disconnect_delay_s=1.0, orphan_delay_s=3.0,
+    sweep_every_s=2.0,
+)  # fmt: skip
+
+
+class ObservedStore(MetaStore):
+    """Shows the invariants what is applied, and every checkpoint."""
+
+    def __init__(self, path: Path, law: "Invariants", who: str) -> None:
+        self._law, self._who = law, who
+        super().__init__(path, cache_rows=40)
+
+    def apply_entry(self, index: int, term: int, data: bytes) -> list[Applied]:
+        """As `MetaStore.apply_entry`."""
+        applied = super().apply_entry(index, term, data)
+        self._law.applied(self._who, index, term, data, applied)
+        return applied
+
+    def thaw(self) -> None:
+        """As `MetaStore.thaw`."""
+        super().thaw()
+        self._law.checkpoint(self._who, *self.digests[-1])
+
+    def install(self, path: Path) -> None:
+        """As `MetaStore.install`."""
+        super().install(path)
+        self._law.installed(self._who, *self.digests[-1])
 
 
 class SimSyncer:
@@ -63,7 +100,9 @@ class Machine:
         self.folder = world.folder / name.replace(":", "_")
         self.process: Process | None = None
         self.replica: Replica | None = None
-        self.proposer: Proposer | None = None
+        self.master: Master | None = None
+        self._state: ObservedStore | None = None
+        self._stop = asyncio.Event()
         self.clock_offset_ns = 0
         self.slow_until = 0.0
         self.flipped = False
@@ -76,17 +115,18 @@ class Machine:
     def new_disk(self, *, join: bool) -> None:
         """Everything is lost, also who this was."""
         self._identities += 1
+        self.ident = f"{self.name}/{self._identities}"  # name and which disk
         self.join = join
-        self.disk, self.vault = Disk(self.chance), Vault()
+        self.disk = Disk(self.chance)
         self.flipped = self.refused = False
         self.uuid = None
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
 
     @property
-    def ident(self) -> str:
-        """Name and which disk."""
-        return f"{self.name}/{self._identities}"
+    def host(self) -> str:
+        """Its name in the network."""
+        return machine_of(self.name)
 
     @property
     def running(self) -> bool:
@@ -97,7 +137,7 @@ class Machine:
 
     def start(self) -> None:
         """Start the process."""
-        self.process = Process(self.ident, self.chance, self._look)
+        self.process = Process(self.ident, self.host, self.chance, self._look)
         self.disk.repair()
         loop = self.world.loop
         loop.call_soon(lambda: loop.create_task(self._live()), context=self.process.here)
@@ -114,17 +154,35 @@ class Machine:
             self.world.fail(e)
 
     async def _run(self) -> None:
-        store = SimStore(self.vault, self.world.law, self.ident)
+        store = self._state = ObservedStore(
+            self.folder / "state.mdb", self.world.law, self.ident
+        )
         members = store.members()
         peers = tuple(sorted({*members, *self._itself()})) if members else self.peers
+        self._stop = asyncio.Event()
+        if self.learner:
+            await self._learn(store, peers)
+        else:
+            await self._serve(store, peers)
+
+    async def _learn(self, store: ObservedStore, peers: tuple[str, ...]) -> None:
         config = ReplicaConfig(
-            self.name, peers, self.folder, self.learner, self.join,
-            CheckpointLimits(rows=25, every_s=1.0, quiet_s=0.4, tail_entries=10, tail_bytes=2_000),
+            self.name, peers, self.folder, learner=True, checkpoints=_CHECKPOINTS
+        )
+        self.replica = Replica(config, store, None, self._surroundings())  # type: ignore[arg-type]
+        await self.replica.start()
+        await self.replica.failed
+
+    async def _serve(self, store: ObservedStore, peers: tuple[str, ...]) -> None:
+        config = MasterConfig(
+            self.name, peers, self.folder, join=self.join, healing=_HEALING,
+            export_lines=tuple(exports.default_lines()), checkpoints=_CHECKPOINTS,
         )  # fmt: skip
-        replica = Replica(config, store, None, self._surroundings())  # type: ignore[arg-type]
-        self.replica, self.proposer = replica, Proposer(replica, self._wall_ns)
-        await replica.start()
-        await replica.failed
+        self.master = Master(config, None, store, self._surroundings())  # type: ignore[arg-type]
+        self.replica = self.master.replica
+        await self.master.run(self._stop)
+        self.world.seen["orderly stop"] += 1
+        self.die(power=False)
 
     def _surroundings(self) -> Surroundings:
         return Surroundings(
@@ -164,12 +222,22 @@ class Machine:
         if self.process is None or not self.process.alive:
             return
         self.process.alive = False
-        self.replica = self.proposer = None
+        self.replica = self.master = None
+        if self._state is not None:
+            self._state.close()  # what is in the file is all there; LMDB opens a file only once
+            self._state = None
         self.world.net.gone(self.process, power=power)
         if power:
             self.world.seen["torn sector"] += self.disk.power_cut()
         else:
             self.disk.killed()
+
+    def stop(self) -> bool:
+        """As SIGTERM does. False if it does not run."""
+        if self.process is None or not self.process.alive or self.learner:
+            return False
+        self.world.loop.call_soon(self._stop.set, context=self.process.here)
+        return True
 
     def strike(self, *, power: bool) -> None:
         """Die now, in the middle of what is being done."""

@@ -13,6 +13,10 @@ async def _never_begun() -> None:
     raise AssertionError("its process is dead")
 
 
+async def _around(work: Coroutine[Any, Any, None]) -> None:
+    await work
+
+
 async def _slow_to_end(said: list[str]) -> None:
     try:
         await asyncio.sleep(1e9)
@@ -24,8 +28,9 @@ async def _slow_to_end(said: list[str]) -> None:
 def test_what_killed_processes_and_a_sudden_end_leave_is_closed_at_once() -> None:
     """Never begun coroutines once complained from within whatever code was collecting garbage."""
     loop, said = VirtualLoop(), list[str]()
-    killed = Process("a", random.Random(1), lambda: None)
-    left: list[Coroutine[Any, Any, None]] = [_never_begun(), _slow_to_end(said)]
+    killed = Process("a", "a", random.Random(1), lambda: None)
+    inner = _never_begun()
+    left: list[Coroutine[Any, Any, None]] = [_around(inner), _slow_to_end(said), inner]
 
     async def story() -> None:
         loop.create_task(left[1])
@@ -36,8 +41,8 @@ def test_what_killed_processes_and_a_sudden_end_leave_is_closed_at_once() -> Non
 
     loop.run_until_complete(story())
     assert [inspect.getcoroutinestate(c) for c in left] == [
-        inspect.CORO_CREATED, inspect.CORO_SUSPENDED,
+        inspect.CORO_CREATED, inspect.CORO_SUSPENDED, inspect.CORO_CREATED,
     ]  # fmt: skip
     loop.bury()
-    assert [inspect.getcoroutinestate(c) for c in left] == [inspect.CORO_CLOSED] * 2
+    assert [inspect.getcoroutinestate(c) for c in left] == [inspect.CORO_CLOSED] * 3
     assert said == ["closing"] and loop.is_closed()

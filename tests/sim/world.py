@@ -4,9 +4,11 @@ proposer and operations, a learner, clients; and what goes wrong.
 
 import asyncio
 import logging
+import os
 import random
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +20,28 @@ from unittest.mock import patch
 import structlog
 from pysyncobj import syncobj
 
+from raftfs.chunk import masterlink
+from raftfs.meta import service
+from raftfs.meta.raft import replica
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.state import read
-from raftfs.meta.state.dictrows import DictRows
+from tests.sim import chunkserver
+from tests.sim.broken import must
+from tests.sim.chunkserver import ChunkMachine
 from tests.sim.clients import Client
 from tests.sim.clock import BEGINNING, PROCESS, VirtualLoop
+from tests.sim.copies import good
 from tests.sim.faults import Faults
-from tests.sim.invariants import Invariants, must
+from tests.sim.invariants import Invariants
 from tests.sim.net import Network
 from tests.sim.node import Machine
+from tests.sim.promises import Promises
 
 NAMES = ("a:1", "b:1", "c:1", "d:1", "e:1")
 CLIENTS = 3
+SERVERS = 4
+_TICK_S = 0.025  # a quarter of a replica's idle turns would do nothing but take our time
+_GRACE_S = 3.0  # until a vanished client's locks fall
 _SETTLE_S = 120.0
 
 
@@ -45,10 +57,15 @@ class World:
         self.net = Network(loop, seed, lambda p, term, to: self.law.voted(p.name, term, to))
         self.net.seen = self.seen
         self.ended = False
+        self.writes = 0  # numbers what clients write
         self.voters = NAMES if self.chance.random() < 0.2 else NAMES[:3]
         self.masters = [Machine(self, name) for name in NAMES]
         self.learners = [Machine(self, "watcher", learner=True)]
         self.machines = [*self.masters, *self.learners]
+        self.chunkservers = [ChunkMachine(self, n) for n in range(SERVERS)]
+        self.promises = Promises(self.law.truth, lambda: [s.disk for s in self.chunkservers])
+        self.promises.seen = self.seen
+        self.law.on_commit.append(self.promises.committed)
         self.clients = [Client(self, n) for n in range(CLIENTS)]
 
     def fail(self, error: BaseException) -> None:
@@ -63,14 +80,12 @@ class World:
     # --- what an administrator knows
 
     def members(self) -> dict[str, bytes]:
-        """The masters that vote, as the most advanced replica has them."""
-        best = max(self.machines, key=lambda m: m.store.applied[0] if m.store else 0)
-        if best.store:
-            return dict(best.store.members())
-        rows = DictRows()
-        kept = max((m.vault.kept for m in self.machines), key=lambda c: c.index)
-        rows.rows.update(kept.rows)
-        return read.members(rows)
+        """The masters that vote."""
+        return read.members(self.law.truth)
+
+    def hosts(self) -> list[str]:
+        """Where the masters were in the beginning; who is set up thus learns of others."""
+        return [name.partition(":")[0] for name in self.voters]
 
     def may_lose(self, machine: Machine) -> bool:
         """Whether a voter's disk may go: all other voters are themselves, and run."""
@@ -79,6 +94,17 @@ class World:
             return False
         others = [m for m in self.masters if m.name in members and m is not machine]
         return all(m.running and m.uuid == members[m.name] and not m.flipped for m in others)
+
+    def may_replace(self, server: ChunkMachine) -> bool:
+        """Whether a chunkserver may go for good: every copy that it has is elsewhere, too."""
+        others = [s.disk for s in self.chunkservers if s is not server and s.running]
+        for chunk in server.disk.copies:
+            row = read.chunk(self.law.truth, chunk)
+            if row is not None and row.refs:
+                copies = [(d.server, d.copies[chunk]) for d in others if chunk in d.copies]
+                if not good(copies, row.version, row.reserved):
+                    return False
+        return True
 
     def bring_back(self, machine: Machine) -> None:
         """Start what is down; what must not start again is replaced if it is still a master."""
@@ -98,10 +124,11 @@ class World:
         for machine in self.masters:
             if machine.name in self.voters:
                 machine.start()
-        self.learners[0].start()
+        for one in [*self.learners, *self.chunkservers]:
+            one.start()
         while not self.members():
             await asyncio.sleep(0.1)
-        work = [self.loop.create_task(c.work()) for c in self.clients]
+        work = [client.start() for client in self.clients]
         chooser = Faults(self)
         for _ in range(faults):
             await asyncio.sleep(self.chance.uniform(0.05, 0.9))
@@ -118,6 +145,10 @@ class World:
             machine.disk.repair()
             machine.slow_until = 0.0
             self.bring_back(machine)
+        for server in self.chunkservers:
+            server.disk.full = False
+            if not server.running:
+                server.start()
         await asyncio.sleep(1.0)
 
     async def _agree(self) -> None:
@@ -128,6 +159,25 @@ class World:
                 self.bring_back(machine)
             must(self.loop.now < until, f"no agreement: {self._where()}")
             await asyncio.sleep(0.3)
+        while lacking := self._lacking():
+            must(self.loop.now < until, f"goals are not met: {lacking}")
+            await asyncio.sleep(0.3)
+        self.promises.check_all()
+
+    def _lacking(self) -> list[str]:
+        """Chunks that do not have exactly the copies that their goals ask for."""
+        found = []
+        for row in read.chunks(self.law.truth, 0, 10_000):
+            copies = [(s.host, s.disk.copies[row.id]) for s in self.chunkservers
+                      if row.id in s.disk.copies]  # fmt: skip
+            right = [host for host, copy in copies if copy.version == row.version]
+            wanted = min(row.goal, SERVERS) if row.refs else 0
+            if not copies and row.refs and not self.promises.synced.get(row.id):
+                continue  # a power cut took what nobody had synced
+            if len(right) != wanted or len(copies) != wanted:
+                has = ", ".join(f"{h}@{c.version}" for h, c in copies)
+                found.append(f"chunk {row.id}@{row.version} goal {wanted}: {has}")
+        return found
 
     def _voting(self) -> list[Machine]:
         members = self.members()
@@ -175,8 +225,7 @@ class World:
 
 @contextmanager
 def _observed(world: World) -> Iterator[None]:
-    """Virtual clock and seeded chance for pysyncobj; every entry that a journal takes is compared.
-    """
+    """Virtual clock and seeded chance for everything; what a journal takes is compared."""
     add = DurableJournal.add
 
     def compared(self: DurableJournal, command: bytes, idx: int, term: int) -> None:
@@ -184,12 +233,23 @@ def _observed(world: World) -> Iterator[None]:
             world.law.added(idx, term, self.term_at(idx - 1), command)
         add(self, command, idx, term)
 
-    with (
-        patch.object(syncobj, "monotonicTime", world.loop.time),
-        patch.object(syncobj, "random", random.Random(world.seed + 1)),
-        patch.object(DurableJournal, "add", compared),
-    ):
-        yield
+    chance, drawn = random.Random(world.seed + 1), random.getstate()
+    random.seed(world.seed)
+    try:
+        with (
+            patch.object(syncobj, "monotonicTime", world.loop.time),
+            patch.object(syncobj, "random", chance),
+            patch.object(time, "monotonic", world.loop.time),
+            patch.object(os, "urandom", chance.randbytes),
+            patch.object(masterlink, "fetch", chunkserver.fetch),
+            patch.object(masterlink, "discard", lambda store, fetched: None),
+            patch.object(replica, "_TICK_S", _TICK_S),
+            patch.object(service, "WRITE_LOCK_GRACE_S", _GRACE_S),
+            patch.object(DurableJournal, "add", compared),
+        ):
+            yield
+    finally:
+        random.setstate(drawn)
 
 
 def story(seed: int, faults: int = 16, *, log: bool = False) -> World:
