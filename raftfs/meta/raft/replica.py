@@ -301,10 +301,12 @@ class Replica:
     def _may_have_missed_it(self) -> bool:
         """Whether a stranger may be a master that was added while this replica was away, and may
         lead by now: then only its log tells that it is one. Whoever is up to date hears a leader,
-        and knows every master's identity.
+        and knows every master's identity. One that joins knows nobody but its --peers, which may be
+        out of date by the time it starts.
         """
         core = self._core
-        return core is not None and bool(self._known_members) and not core.has_leader()
+        knows = bool(self._known_members) or not self._identity.voter
+        return core is not None and knows and not core.has_leader()
 
     def _refused(self, peer: str, refused: Refused) -> None:
         error = UserError(f"{refused.reason} (said {peer})")

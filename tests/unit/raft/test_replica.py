@@ -13,7 +13,7 @@ from raftfs.cli.benchcore import free_ports
 from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
 from raftfs.meta.raft.journal import DurableJournal, JournalError
-from raftfs.meta.raft.messages import Refused
+from raftfs.meta.raft.messages import PeerName, Refused
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.raft.segments import Files
 from raftfs.meta.state.apply import Applied
@@ -223,6 +223,28 @@ def test_a_leader_that_a_peer_refuses_as_a_stranger_hands_over_once(tmp_path: Pa
             t.replicas[leader]._refused("somebody", refused)
             assert t.replicas[leader]._no_hand_over_until == first, "it leads no more"
             assert (await t.mkdir())[0].result.status == 0
+
+    run(story())
+
+
+def test_who_joins_lets_in_a_master_that_its_peers_leave_out(tmp_path: Path) -> None:
+    """It was added after the joining one was set up; if it leads, nobody else has the log."""
+
+    async def story() -> None:
+        names = tuple(f"127.0.0.1:{port}" for port in free_ports(4))
+        added = PeerName(names[3], b"d" * 16, voter=True, joining=False)
+        config = ReplicaConfig(names[0], names[:3], tmp_path, join=True)
+        store = MetaStore(tmp_path / "state.mdb")
+        replica = Replica(config, store, KEY)
+        await replica.start()
+        try:
+            assert replica._refusal(added) is None
+            assert replica._core is not None
+            replica._core.has_leader = lambda: True  # type: ignore[method-assign]
+            assert replica._refusal(added) is not None, "who hears a leader has no need of it"
+        finally:
+            await replica.stop()
+            store.close()
 
     run(story())
 
