@@ -18,12 +18,12 @@ KINDS = (
     "kill", "kill in a write", "power cut", "power cut in a write", "power cut of all",
     "partition", "one-way partition", "slow network", "connection broken", "pause", "clock jump",
     "everybody suspended", "slow disk", "disk full", "I/O error", "journal flip", "snapshot flip",
-    "disk lost", "join", "member change asked", "leadership handed over", "orderly stop asked",
-    "chunkserver kill", "chunkserver power cut", "chunkserver pause", "chunkserver partition",
+    "disk lost", "disk lost unnoticed", "join", "member change asked", "leadership handed over",
+    "orderly stop asked", "chunkserver kill", "chunkserver power cut", "chunkserver pause", "chunkserver partition",
     "chunkserver full", "chunkserver replaced", "client partition", "client pause",
 )  # fmt: skip
 EFFECTS = (
-    "disk stops a node", "damage refused", "torn sector", "duplicated message",
+    "disk stops a node", "damage refused", "identity refused", "torn sector", "duplicated message",
     "member added", "member removed", "removed", "orderly stop", "write acknowledged", "fsync",
     "write committed", "write given up", "content read", "unsynced write lost", "copy replicated",
     "copy destroyed", "version raised", "old term refused",
@@ -251,9 +251,12 @@ class Faults:
         if not self.world.may_lose(machine):
             return ""
         machine.die(power=False)
-        machine.new_disk(join=True)
+        unnoticed = self.chance.random() < 0.4  # started as if nothing had happened: refused
+        machine.new_disk(join=not unnoticed)
+        machine.peers = tuple(sorted(self.world.members()))
+        machine.forgetful = unnoticed
         machine.start()
-        return "disk lost"
+        return "disk lost unnoticed" if unnoticed else "disk lost"
 
     # --- membership
 

@@ -45,6 +45,7 @@ class FileUser:
             where: m.ChunkMap = await client.meta.call(m.ReadChunk(inode, index))
         except ReplyError:
             return
+        promises.located(inode, index, where.chunk)
         for copy in where.copies:
             seen = await _read_copy(where.chunk, copy)
             if seen is not None:
@@ -171,4 +172,6 @@ class _Writer:
         written = [ops.Written(grant.chunk, grant.lock, True)]
         op = ops.CommitWrite(self._inode, length if self._acked else -1, 0, written)
         status, _ = await self._client.mutate(op)
-        self._world.seen["write committed"] += not status
+        if not status:
+            self._world.seen["write committed"] += 1
+            self._world.promises.committed(self._inode, self._index, grant.chunk)

@@ -5,29 +5,22 @@ seed that finds each is printed.
 from typing import Any
 from unittest.mock import patch
 
+from raftfs.chunk.terms import TermGate
+from raftfs.meta.chunkhub import ChunkHub
+from raftfs.meta.grants import Grants
+from raftfs.meta.healer import Healer
+from raftfs.meta.plan import healing
+from raftfs.meta.proposer import Proposer
 from raftfs.meta.raft.checkpoints import Checkpoints
+from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.raft.replica import Replica
 from raftfs.meta.raft.safety import SafeSyncObj
-from raftfs.meta.state.model import ResultRow
+from raftfs.meta.service import ClientService
+from raftfs.meta.state import apply, ops_data
 from tests.sim.__main__ import outcome
-from tests.sim.planted import RAFT_LAYER, Planted, table
-from tests.sim.store import SimStore
-
-
-def _forget_results() -> Any:
-    original = SimStore.get
-
-    def get(self: SimStore, key: bytes) -> Any:
-        row = original(self, key)
-        return None if isinstance(row, ResultRow) else row
-
-    return patch.object(SimStore, "get", get)
-
-
-def _checkpoints_do_not_wait() -> Any:
-    async def at_once(self: Checkpoints, index: int) -> None:
-        return
-
-    return patch.object(Checkpoints, "_until_durable", at_once)
+from tests.sim.copies import CopyStore
+from tests.sim.node import ObservedStore
+from tests.sim.planted import RAFT_LAYER, Planted, edited, several, table
 
 
 def _snapshots_claim_the_end_of_the_log() -> Any:
@@ -48,24 +41,100 @@ def _install_whatever_comes() -> Any:
 
 
 def _one_replica_differs() -> Any:
-    original = SimStore.put
+    original = ObservedStore.put
 
-    def put(self: SimStore, key: bytes, row: Any) -> None:
+    def put(self: ObservedStore, key: bytes, row: Any) -> None:
         if self._who.startswith("b") and self.applied[0] % 7 == 0:
             return
         original(self, key, row)
 
-    return patch.object(SimStore, "put", put)
+    return patch.object(ObservedStore, "put", put)
 
 
-MUTANTS: dict[str, Planted] = {
-    "a retry is not recognised": _forget_results,
-    "checkpoints do not wait for the journal": _checkpoints_do_not_wait,
+def _forget_terms() -> Any:
+    return patch.object(CopyStore, "remember_term", lambda self, term: None)
+
+
+JOURNAL: dict[str, Planted] = {
+    "the journal is not synced": edited(
+        DurableJournal, "_write", ("self._files.sync(self._handle)", "pass")
+    ),
+    "a hole in the journal is not noticed": edited(
+        DurableJournal, "_replay",
+        ("if self._blob_number and number != self._blob_number + 1:", "if False:"),
+        ("if segments.blob_at(data, found) is not None:", "if False:"),
+    ),
+    "the name of a new segment is not synced": edited(
+        DurableJournal, "_begin_segment", ("self._files.sync_folder(self._folder)", "pass")
+    ),
+    "checkpoints do not wait for the journal": edited(
+        Checkpoints, "_until_durable", ("while self._journal", "while 0 * self._journal")
+    ),
+}  # fmt: skip
+
+REPLICA: dict[str, Planted] = {
     "a sent snapshot counts as the whole log": _snapshots_claim_the_end_of_the_log,
     "a snapshot leaves the old log as it was": _install_whatever_comes,
+    "a snapshot may lead back": edited(
+        Replica, "_install", ("or index <= core.last_applied", "")
+    ),
     "one replica applies otherwise": _one_replica_differs,
-    **RAFT_LAYER,
-}
+    "a lost disk may come back under its old name": edited(
+        Replica, "_refusal", ("if known != peer.uuid and not self.config.learner:", "if False:")
+    ),
+    "a leader serves before it knows what is committed": edited(
+        SafeSyncObj, "leads", ("self.last_applied >= self.noop_index", "True")
+    ),
+    "reads do not wait for the state": edited(
+        SafeSyncObj, "_answer_reads", ("and read[1] <= self.last_applied", "")
+    ),
+}  # fmt: skip
+
+SERVICES: dict[str, Planted] = {
+    "a retry is not recognised": edited(
+        apply, "_apply", ("isinstance(kept, ResultRow) and kept.seq == seq", "False")
+    ),
+    "answers of a batch are mixed up": edited(
+        Proposer, "_finished", ("done.result(), strict", "reversed(done.result()), strict")
+    ),
+    "reads without a barrier": edited(
+        ClientService, "_read", ("await self._replica.read_barrier()", "pass")
+    ),
+}  # fmt: skip
+
+DATA: dict[str, Planted] = {
+    "chunkservers obey deposed leaders": edited(
+        TermGate, "check", ("if term < self._highest:", "if False:")
+    ),
+    "chunkservers forget the term in a restart": _forget_terms,
+    "servers count before they know the term": edited(
+        ChunkHub, "is_fenced", ("and server.fenced_term == self._term()", "")
+    ),
+    "versions are never raised": edited(
+        Grants, "grant", ("clean and self._is_proven(chunk, good) and", "clean and")
+    ),
+    "a version counts although an answer is missing": edited(
+        Grants, "_raise", ("complete = len(raised) == len(servers)", "complete = True")
+    ),
+    "stale copies count": edited(
+        healing, "judge", ("if committed <= version <= max(committed, reserved):", "if True:")
+    ),
+    "surplus copies go without being condemned": edited(
+        Healer, "_destroy_surplus",
+        ("await self._proposer.commit(DropCopy(now.id, now.version, fullest))", "pass"),
+    ),
+    "copies are made while somebody writes": several(
+        edited(Healer, "_examine", ("if chunk.lock and chunk.lock_session:", "if False:"),
+               ("or chunk.lock:", "or False:")),
+        edited(Healer, "_add_copies", ("or now.lock", "")),
+    ),
+    "an acknowledged chunk is replaced when its copies are away": several(
+        edited(Grants, "_without_copies", ("if chunk.born or ask.acked:", "if False:")),
+        edited(ops_data, "grant_write", ("if old.born:", "if False:")),
+    ),
+}  # fmt: skip
+
+MUTANTS: dict[str, Planted] = {**JOURNAL, **RAFT_LAYER, **REPLICA, **SERVICES, **DATA}
 
 
 def finding(seed: int) -> str:

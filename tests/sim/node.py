@@ -105,8 +105,8 @@ class Machine:
         self._stop = asyncio.Event()
         self.clock_offset_ns = 0
         self.slow_until = 0.0
-        self.flipped = False
-        self.refused = False  # must not start again
+        self.flipped = self.refused = False  # damaged by us; must not start again
+        self.forgetful = False  # started without its disk, as if it had lost nothing
         self.uuid: bytes | None = None
         self._identities = 0
         self.peers = world.voters
@@ -118,7 +118,7 @@ class Machine:
         self.ident = f"{self.name}/{self._identities}"  # name and which disk
         self.join = join
         self.disk = Disk(self.chance)
-        self.flipped = self.refused = False
+        self.flipped = self.refused = self.forgetful = False
         self.uuid = None
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -210,10 +210,16 @@ class Machine:
 
     def _refused(self, reason: str) -> None:
         """It must not run: the disk lied, or the cluster wants it no more."""
-        removed = "was removed from the cluster" in reason
-        if not removed and not (self.flipped and ("damaged" in reason or "replace" in reason)):
+        if "was removed from the cluster" in reason:
+            kind = "removed"
+        elif self.forgetful and "lost its data" in reason:
+            kind = "identity refused"
+        elif self.flipped and ("damaged" in reason or "replace" in reason):
+            kind = "damage refused"
+        else:
             self.world.fail(UserError(f"{self.ident} refuses without a cause: {reason}"))
-        self.world.seen["removed" if removed else "damage refused"] += 1
+            return
+        self.world.seen[kind] += 1
         self.refused = True
         self.die(power=False)
 

@@ -4,7 +4,10 @@ the rules for durability and membership are there to prevent.
 """
 
 import argparse
-from collections.abc import Callable
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +17,38 @@ from raftfs.meta.raft.messages import Ack, Append
 from raftfs.meta.raft.safety import LEADER, SafeSyncObj
 
 Planted = Callable[[], Any]  # a context manager: the fault is there inside
+
+
+def edited(owner: Any, name: str, *changes: tuple[str, str]) -> Planted:
+    """A function of the product with some of its text replaced. Each text must be there once, so
+    a fault that nobody plants any more is noticed.
+    """
+
+    def plant() -> Any:
+        known = inspect.getattr_static(owner, name)
+        function = known.fget if isinstance(known, property) else known
+        source = textwrap.dedent(inspect.getsource(function))
+        for old, new in changes:
+            assert source.count(old) == 1, f"{name} does not have {old!r} once"
+            source = source.replace(old, new)
+        made: dict[str, Any] = {}
+        exec(source, function.__globals__, made)
+        return patch.object(owner, name, made[name])
+
+    return plant
+
+
+def several(*planted: Planted) -> Planted:
+    """All of them at once."""
+
+    @contextmanager
+    def plant() -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in planted:
+                stack.enter_context(one())
+            yield
+
+    return plant
 
 
 def _acknowledge_at_once() -> Any:

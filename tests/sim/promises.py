@@ -5,7 +5,7 @@ not obeyed, and copies go only by committed order.
 from collections import Counter
 from collections.abc import Callable
 
-from raftfs.meta.state import read
+from raftfs.meta.state import model, read
 from raftfs.meta.state.apply import Applied
 from raftfs.meta.state.dictrows import DictRows
 from raftfs.meta.state.model import ChunkRow
@@ -21,6 +21,7 @@ class Promises:
         self._truth, self._disks = truth, disks
         self.written: dict[int, set[int]] = {}  # acknowledged by all copies
         self.synced: dict[int, set[int]] = {}  # of those, by an fsync
+        self._places: dict[tuple[int, int], int] = {}
         self._fenced: dict[bytes, int] = {}
         self._dropped: set[tuple[int, int, bytes]] = set()
         self.seen: Counter[str] = Counter()
@@ -37,6 +38,16 @@ class Promises:
         self.synced.setdefault(chunk, set()).add(write)
         self.check(chunk)
 
+    def committed(self, inode: int, index: int, chunk: int) -> None:
+        """A client was told that the file has this chunk there."""
+        self._places[inode, index] = chunk
+
+    def located(self, inode: int, index: int, chunk: int) -> None:
+        """A reader was told so. Nobody truncates here, so a chunk goes only with its file."""
+        known = self._places.get((inode, index))
+        there = known in (None, chunk) or self._truth.get(model.node_key(inode)) is None
+        must(there, f"file {inode} has chunk {chunk} at {index} in place of {known}")
+
     def expected(self, chunk: int) -> tuple[set[int], set[int]]:
         """What a read that begins now must see: for sure, and unless a power cut took it."""
         return set(self.synced.get(chunk, ())), set(self.written.get(chunk, ()))
@@ -49,7 +60,7 @@ class Promises:
 
     # --- copies
 
-    def committed(self, applied: list[Applied]) -> None:
+    def applied(self, applied: list[Applied]) -> None:
         """An entry was committed."""
         for one in applied:
             if isinstance(one.command.op, DropCopy) and not one.result.status:

@@ -65,7 +65,7 @@ class World:
         self.chunkservers = [ChunkMachine(self, n) for n in range(SERVERS)]
         self.promises = Promises(self.law.truth, lambda: [s.disk for s in self.chunkservers])
         self.promises.seen = self.seen
-        self.law.on_commit.append(self.promises.committed)
+        self.law.on_commit.append(self.promises.applied)
         self.clients = [Client(self, n) for n in range(CLIENTS)]
 
     def fail(self, error: BaseException) -> None:
