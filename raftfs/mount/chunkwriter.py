@@ -12,7 +12,7 @@ All methods run in the event loop.
 import asyncio
 import time
 from errno import EIO, ENOSPC
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -20,11 +20,9 @@ from raftfs.const import CHUNK_SIZE, MIB
 from raftfs.errors import LinkError, ReplyError, Status
 from raftfs.mount.blocks import FILL, SYNC, WRITE, Block, BlockQueue
 from raftfs.mount.datalink import Stream
+from raftfs.mount.writecontext import WriteContext
 from raftfs.wire import messages as m
 from raftfs.wire.frame import piece_crcs
-
-if TYPE_CHECKING:
-    from raftfs.mount.writer import FileWriter
 
 log = structlog.get_logger("raftfs.writer")
 
@@ -69,6 +67,32 @@ class _Send:
         return m.SyncData(self.ident, grant.chunk, grant.version, self.chain), b""
 
 
+class Owner(Protocol):
+    """The file that a chunk is of, as its writer sees it; `writer.FileWriter` is the real one.
+
+    `unsynced`: indices of chunks with acknowledged bytes that may not be on disk.
+    """
+
+    inode: int
+    context: WriteContext
+    unsynced: set[int]
+
+    def granted(self, chunk: "ChunkWriter", length: int) -> None:
+        """`chunk` may be written; the file's committed length was `length` then."""
+
+    def retired(self, end: int, size: int) -> None:
+        """Bytes up to `end` of the file are acknowledged; `size` bytes of memory are free."""
+
+    def progressed(self, chunk: "ChunkWriter") -> None:
+        """Blocks of `chunk` were retired."""
+
+    def released(self, chunk: "ChunkWriter") -> None:
+        """`chunk` may have nothing to do any more."""
+
+    def failed(self, chunk: "ChunkWriter", errno: int, size: int) -> None:
+        """Buffered bytes of `chunk` were given up, `size` of them still in memory."""
+
+
 class ChunkWriter:
     """See the module. `dirty` counts retired writes that no commit has covered yet; `acked_to` is
     where the farthest one under this grant ended.
@@ -77,7 +101,7 @@ class ChunkWriter:
     was held for long; what is out is awaited, then the grant ends so that others have their turn.
     """
 
-    def __init__(self, file: "FileWriter", index: int) -> None:
+    def __init__(self, file: Owner, index: int) -> None:
         self.file = file
         self.index = index
         self.base = index * CHUNK_SIZE

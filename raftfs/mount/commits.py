@@ -7,21 +7,33 @@ committed length: after a crash of this client they would read as garbage (see `
 import asyncio
 from collections.abc import Callable
 from errno import EIO, ESTALE
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import structlog
 
 from raftfs.errors import LinkError, ReplyError
 from raftfs.mount.blocks import SYNC
 from raftfs.mount.chunkwriter import ChunkWriter
+from raftfs.mount.writecontext import WriteContext
 from raftfs.wire import ops
-
-if TYPE_CHECKING:
-    from raftfs.mount.writer import FileWriter
 
 log = structlog.get_logger("raftfs.writer")
 
 RELOCKS_MAX = 3
+
+
+class Committed(Protocol):
+    """The file whose writes are committed; `writer.FileWriter` is the real one."""
+
+    inode: int
+    context: WriteContext
+    chunks: dict[int, ChunkWriter]
+
+    def released(self, chunk: ChunkWriter) -> None:
+        """`chunk` may have nothing to do any more."""
+
+    def lost(self, errno: int) -> None:
+        """Something written will not become part of the file."""
 
 
 class Commits:
@@ -31,9 +43,7 @@ class Commits:
     `mtime`: the time of the last write, which commits set.
     """
 
-    def __init__(
-        self, file: "FileWriter", length: int, on_attr: Callable[[ops.Attr], None]
-    ) -> None:
+    def __init__(self, file: Committed, length: int, on_attr: Callable[[ops.Attr], None]) -> None:
         self.committed = length
         self.acked_end = 0
         self.mtime = 0
@@ -48,9 +58,7 @@ class Commits:
 
     def outstanding(self) -> bool:
         """Whether something is acknowledged that no commit has covered."""
-        return self.acked_end > self.committed or any(
-            c.dirty for c in self._file.chunks.values()
-        )
+        return self.acked_end > self.committed or any(c.dirty for c in self._file.chunks.values())
 
     def reset(self, length: int) -> None:
         """The file's length was set otherwise; nothing of ours is pending."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -11,9 +11,6 @@ from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.mount.cache import Budget
 from raftfs.mount.datalink import DataLinks
 from raftfs.wire import messages as m
-
-if TYPE_CHECKING:
-    from raftfs.mount.writer import FileWriter
 
 log = structlog.get_logger("raftfs.writer")
 
@@ -30,6 +27,16 @@ class WriteError(RaftfsError):
         super().__init__(f"earlier write failed with errno {errno}")
 
 
+class Active(Protocol):
+    """A file with anything buffered, dirty or granted; `writer.FileWriter` is the real one."""
+
+    def tick(self, now: float) -> bool:
+        """Called a few times a second. False: there is nothing to look after any more."""
+
+    async def flush(self) -> None:
+        """Have everything committed. WriteError if something was lost."""
+
+
 class WriteContext:
     """What all writers of a mount share."""
 
@@ -38,7 +45,7 @@ class WriteContext:
         self.links = links
         self.budget = budget
         self.timeout_s = timeout_s
-        self.active: set[FileWriter] = set()  # files with anything buffered, dirty or granted
+        self.active: set[Active] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticking: asyncio.Task[None] | None = None
         self._ident = 0
@@ -63,7 +70,7 @@ class WriteContext:
             else:
                 log.error("background write work failed", exc_info=error)
 
-    def activate(self, file: "FileWriter") -> None:
+    def activate(self, file: Active) -> None:
         """`file` has something to look after."""
         self.active.add(file)
         if self._ticking is None or self._ticking.done():

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 KINDS = (
     "kill", "kill in a write", "power cut", "power cut in a write", "power cut of all",
-    "partition", "one-way partition", "slow network", "connection broken", "pause", "clock jump",
-    "everybody suspended", "slow disk", "disk full", "I/O error", "journal flip", "snapshot flip",
-    "disk lost", "disk lost unnoticed", "join", "member change asked", "leadership handed over",
-    "orderly stop asked", "chunkserver kill", "chunkserver power cut", "chunkserver pause", "chunkserver partition",
-    "chunkserver full", "chunkserver replaced", "client partition", "client pause",
+    "orderly stop asked", "pause", "everybody suspended", "clock jump", "partition",
+    "one-way partition", "slow network", "connection broken", "slow disk", "disk full", "I/O error",
+    "journal flip", "snapshot flip", "disk lost", "disk lost unnoticed", "join",
+    "member change asked", "leadership handed over", "chunkserver kill", "chunkserver power cut",
+    "chunkserver pause", "chunkserver partition", "chunkserver full", "chunkserver replaced",
+    "client partition", "client pause",
 )  # fmt: skip
 EFFECTS = (
     "disk stops a node", "damage refused", "identity refused", "torn sector", "duplicated message",

@@ -310,7 +310,10 @@ class Replica:
 
     def _refused(self, peer: str, refused: Refused) -> None:
         error = UserError(f"{refused.reason} (said {peer})")
-        if refused.removed or not self._identity.peers or not self._all_met.is_set():
+        # A new voter may have met everybody before it is told that it is not whom they know.
+        unfounded = self._identity.voter and not self._known_members
+        strange = not self._identity.peers or not self._all_met.is_set()
+        if refused.removed or unfounded or strange:
             self._fail_quietly(error)
             return
         log.warning("refused by a peer", peer=peer, reason=refused.reason)

@@ -24,11 +24,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def _stream(b: Bench, mib: int, trouble: Any, at: int) -> tuple[Any, bytes]:
-    """Write a file of `mib` MiB; `trouble()` happens after `at` of them."""
+    """Write a file of `mib` MiB; `trouble()` happens after `at` of them, the first of which are
+    acknowledged by then.
+    """
     handle = await b.create()
     data = os.urandom(mib * MIB)
     for n in range(mib):
         if n == at:
+            while not handle.file.writer.chunks[0].acked_to:
+                await asyncio.sleep(0.001)
             trouble()
         await b.contents.write(handle, n * MIB, data[n * MIB : (n + 1) * MIB])
         await asyncio.sleep(0.01)

@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from raftfs.cli.benchcore import free_ports
-from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown
+from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
 from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.messages import PeerName, Refused
@@ -244,6 +246,33 @@ def test_who_joins_lets_in_a_master_that_its_peers_leave_out(tmp_path: Path) -> 
             assert replica._refusal(added) is not None, "who hears a leader has no need of it"
         finally:
             await replica.stop()
+            store.close()
+
+    run(story())
+
+
+def test_a_master_that_lost_its_disk_stops_however_late_it_is_refused(tmp_path: Path) -> None:
+    """It once waited for ever if it had met all others before the first of them refused it."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            leader = t.leader()
+            assert leader is not None
+            lost = t.replicas[(leader + 1) % 3]
+            await lost.stop()
+            config = lost.config._replace(data_dir=tmp_path / "empty")
+            store = MetaStore(tmp_path / "empty" / "state.mdb")
+            newcomer = Replica(config, store, KEY)
+            refused = newcomer._refused
+
+            def later(peer: str, why: Refused) -> None:
+                asyncio.get_running_loop().call_later(0.3, refused, peer, why)
+
+            newcomer._refused = later  # type: ignore[method-assign]
+            await asyncio.wait_for(newcomer.start(), 20)
+            with pytest.raises(UserError, match=r"lost its data.*raftfs cluster replace"):
+                await asyncio.wait_for(newcomer.failed, 20)
+            await newcomer.stop()
             store.close()
 
     run(story())
