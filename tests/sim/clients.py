@@ -53,6 +53,7 @@ class Client:
             while not self.world.ended:
                 await self._one()
                 await asyncio.sleep(self.chance.uniform(0.0, 0.08))
+            await self.meta.call(m.EndMySession())  # and with it what it has locked
         except Exception as e:
             self.world.fail(e)
 

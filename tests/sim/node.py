@@ -19,6 +19,7 @@ from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.raft.surroundings import Surroundings
 from raftfs.meta.state.apply import Applied
 from raftfs.meta.store import MetaStore
+from tests.sim.broken import must
 from tests.sim.clock import THREAD_S, Killed, Process
 from tests.sim.disk import Disk
 from tests.sim.net import machine_of
@@ -212,6 +213,8 @@ class Machine:
         """It must not run: the disk lied, or the cluster wants it no more."""
         if "was removed from the cluster" in reason:
             kind = "removed"
+            right = self.world.members().get(self.name) != self.uuid
+            must(right, f"{self.ident} is told that it was removed, and it is a master")
         elif self.forgetful and "lost its data" in reason:
             kind = "identity refused"
         elif self.flipped and ("damaged" in reason or "replace" in reason):

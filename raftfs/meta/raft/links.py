@@ -6,6 +6,7 @@ link of a peer replaces its old one, whose late messages are ignored.
 
 import asyncio
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import structlog
@@ -13,7 +14,7 @@ from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
 from raftfs.errors import LinkError, UserError
-from raftfs.meta.raft.messages import Message, PeerName, Refused
+from raftfs.meta.raft.messages import Masters, Message, PeerName, Refused
 from raftfs.wire import rpc
 from raftfs.wire.auth import ClusterKey
 from raftfs.wire.rpc import Link
@@ -53,6 +54,7 @@ class Links(Transport):  # type: ignore[misc]
         self._server: rpc.Server | None = None
         self._dialers: dict[str, asyncio.Task[None]] = {}
         self._told: set[tuple[str, bytes]] = set()
+        self._heard_of: dict[str, list[str]] = {}  # a learner: the masters, by who said so
 
     # --- pysyncobj's seam
 
@@ -94,8 +96,16 @@ class Links(Transport):  # type: ignore[misc]
         self.set_peers(self._peers)
 
     def set_peers(self, peers: list[str]) -> None:
-        """These are the masters from now on: others are hung up on, new ones dialed."""
+        """These are the masters from now on: others are hung up on, new ones dialed, and learners
+        are told.
+        """
         self._peers = peers
+        if self.me.voter:
+            for name in [n for n in self._links if "#" in n]:
+                self._links[name].notify(Masters(peers))
+        self._dial_all(sorted({*peers, *chain.from_iterable(self._heard_of.values())}))
+
+    def _dial_all(self, peers: list[str]) -> None:
         for peer in peers:
             mine = peer != self.me.name and (not self.me.voter or peer < self.me.name)
             if mine and peer not in self._dialers:
@@ -163,6 +173,8 @@ class Links(Transport):  # type: ignore[misc]
         if old is not None:
             old.close()
         self._nodes.setdefault(name, Node(name))
+        if self.me.voter and not peer.voter:
+            link.notify(Masters(self._peers))
         self._up(name)
 
     def _refuse(self, link: Link, peer: PeerName) -> bool:
@@ -190,6 +202,7 @@ class Links(Transport):  # type: ignore[misc]
         if name is None or self._links.get(name) is not link:
             return
         del self._links[name]
+        self._heard_of.pop(name, None)
         node = self._nodes[name]
         if "#" in name:
             del self._nodes[name]
@@ -202,5 +215,10 @@ class Links(Transport):  # type: ignore[misc]
             self._refused(link.name.partition("|")[0], message)
             return
         name = link.context
-        if name is not None and self._links.get(name) is link:
+        if name is None or self._links.get(name) is not link:
+            return
+        if not isinstance(message, Masters):
             self._receive(self._nodes[name], message)
+        elif not self.me.voter:
+            self._heard_of[name] = message.names
+            self.set_peers(self._peers)

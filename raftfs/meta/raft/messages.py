@@ -105,9 +105,17 @@ class Refused(Tagged, tag=11):
     stranger: bool = False
 
 
+class Masters(Tagged, tag=13):
+    """Voter to a learner: these vote, as far as I know. It may have missed who came, and the one
+    that leads may be among those.
+    """
+
+    names: list[str]
+
+
 Message = (
     Append | Ack | Vote | VoteGiven | PreVote | PreVoteAnswer | Contact | CampaignNow
-    | SnapshotPiece | SnapshotNext | Refused
+    | SnapshotPiece | SnapshotNext | Refused | Masters
 )  # fmt: skip
 
 

@@ -272,6 +272,11 @@ class Replica:
             if self._known():
                 return None
             return Refused("the cluster is not founded: nobody can join it yet")
+        if not self._identity.voter:
+            # It counts for nothing, so nobody can misuse it; and it may have missed who came, went
+            # or was replaced, which only the master that has the log may be able to tell.
+            self._welcome(peer)
+            return None
         if peer.name not in self._names():
             masters = ",".join(self._names())
             if peer.name in self._identity.peers:
@@ -283,30 +288,31 @@ class Replica:
         if known is None:
             self._identity.learn(peer.name, peer.uuid)
             known = peer.uuid
-        # A learner counts for nothing, so nobody can misuse it; and it may have been away while a
-        # master was replaced, which only that master may be able to tell.
-        if known != peer.uuid and not self.config.learner:
+        if known != peer.uuid:
             return Refused(
                 f"master {peer.name} lost its data: its old identity has votes and "
                 "acknowledgements that this one forgot, so it may not take part; bring it back "
                 "with `raftfs cluster replace`, or start it on an empty folder with --replace",
                 stranger=True,
             )
+        self._welcome(peer)
+        return None
+
+    def _welcome(self, peer: PeerName) -> None:
+        if peer.name in self._names() and self._known().get(peer.name) is None:
+            self._identity.learn(peer.name, peer.uuid)
         if all(p in self._identity.peers for p in self._others()):
             self._all_met.set()
         if self._core is not None:
             self._core.node_replaced(Node(peer.name))
-        return None
 
     def _may_have_missed_it(self) -> bool:
         """Whether a stranger may be a master that was added while this replica was away, and may
         lead by now: then only its log tells that it is one. Whoever is up to date hears a leader,
-        and knows every master's identity. One that joins knows nobody but its --peers, which may be
-        out of date by the time it starts.
+        and knows every master's identity.
         """
         core = self._core
-        knows = bool(self._known_members) or not self._identity.voter
-        return core is not None and knows and not core.has_leader()
+        return core is not None and bool(self._known_members) and not core.has_leader()
 
     def _refused(self, peer: str, refused: Refused) -> None:
         error = UserError(f"{refused.reason} (said {peer})")

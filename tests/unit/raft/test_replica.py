@@ -234,19 +234,39 @@ def test_who_joins_lets_in_a_master_that_its_peers_leave_out(tmp_path: Path) -> 
 
     async def story() -> None:
         names = tuple(f"127.0.0.1:{port}" for port in free_ports(4))
-        added = PeerName(names[3], b"d" * 16, voter=True, joining=False)
         config = ReplicaConfig(names[0], names[:3], tmp_path, join=True)
         store = MetaStore(tmp_path / "state.mdb")
         replica = Replica(config, store, KEY)
         await replica.start()
         try:
-            assert replica._refusal(added) is None
-            assert replica._core is not None
-            replica._core.has_leader = lambda: True  # type: ignore[method-assign]
-            assert replica._refusal(added) is not None, "who hears a leader has no need of it"
+            assert replica._refusal(PeerName(names[3], b"d" * 16, True, False)) is None
         finally:
             await replica.stop()
             store.close()
+
+    run(story())
+
+
+def test_a_learner_that_missed_a_masters_coming_is_told_of_it_and_dials_it(tmp_path: Path) -> None:
+    """Nobody dials a learner; if the new master leads, it once waited for another leader."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            leader = t.leader()
+            assert leader is not None
+            everybody = t.replicas[0].config.peers
+            follower = everybody[(leader + 1) % 3]
+            config = ReplicaConfig("watcher", (follower,), tmp_path / "w", learner=True)
+            store = MetaStore(tmp_path / "w" / "state.mdb")
+            learner = Replica(config, store, KEY)
+            await learner.start()
+            try:
+                links = learner._links
+                assert links is not None
+                await t.until(lambda: set(links.connected()) == set(everybody), "links to all")
+            finally:
+                await learner.stop()
+                store.close()
 
     run(story())
 
