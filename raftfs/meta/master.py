@@ -1,7 +1,8 @@
 """One master replica: the store, the Raft replica and the services around them.
 
 Tasks besides the loop's callbacks: the replica's own, the healer's (while leading), `_watch` (each
-second: vanished sessions, role of the moment) and the servers' links.
+second: vanished sessions, role of the moment), `_audit` (reads the whole state, slowly) and the
+servers' links.
 """
 
 import asyncio
@@ -27,6 +28,9 @@ from raftfs.wire import rpc
 from raftfs.wire.auth import ClusterKey
 
 log = structlog.get_logger("raftfs.master")
+
+_AUDIT_EVERY_S = 3_600.0
+_AUDIT_PAUSE_S = 0.02  # between slices of a millisecond
 
 # A master's ports, counted from its Raft port (its item in --peers, by default 9418).
 CHUNKSERVERS, CLIENTS = 2, 3
@@ -110,7 +114,7 @@ class Master:
             starting.result()
             self.replica.on_role.append(self._role_changed)
             self._role_changed()
-            self._tasks.append(asyncio.ensure_future(self._watch()))
+            self._tasks += map(asyncio.ensure_future, (self._watch(), self._audit()))
             log.info("master serves", name=self._config.name, peers=list(self._config.peers))
             await daemon.until(stop, self.replica.failed)
         finally:
@@ -165,6 +169,20 @@ class Master:
                 await self.service.sweep_sessions()
             except RaftfsError as e:
                 log.warning("session sweep interrupted", reason=str(e))
+
+    async def _audit(self) -> None:
+        """Whether the rows in the file are those that were written, at the start and ever again.
+        A row that rotted would else be found when a client asks for it, or never.
+        """
+        while True:
+            try:
+                while not (rows := await asyncio.to_thread(self.store.audit_some)):
+                    await asyncio.sleep(_AUDIT_PAUSE_S)
+            except UserError as e:
+                self.replica.must_stop(e)
+                return
+            log.info("the whole state is as it was written", rows=rows)
+            await asyncio.sleep(_AUDIT_EVERY_S)
 
     async def _shut_down(self) -> None:
         for server in self._servers:

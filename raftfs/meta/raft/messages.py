@@ -105,9 +105,16 @@ class Refused(Tagged, tag=11):
     stranger: bool = False
 
 
+class CheckpointMade(Tagged, tag=12):
+    """Voter to the leader: my checkpoint after entry `index` has this digest."""
+
+    index: int
+    digest: bytes
+
+
 Message = (
     Append | Ack | Vote | VoteGiven | PreVote | PreVoteAnswer | Contact | CampaignNow
-    | SnapshotPiece | SnapshotNext | Refused
+    | SnapshotPiece | SnapshotNext | Refused | CheckpointMade
 )  # fmt: skip
 
 
