@@ -163,6 +163,9 @@ class Master:
         while True:
             await asyncio.sleep(1.0)
             self._tasks = [t for t in self._tasks if not t.done()]
+            if self.store.damage is not None:  # a request has met it
+                self.replica.must_stop(self.store.damage)
+                return
             if not self.replica.is_leader:
                 continue
             try:

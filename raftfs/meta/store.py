@@ -91,6 +91,7 @@ class MetaStore:
         self._frozen_digest = 0
         self._claimed: tuple[int, bytes] | None = None  # the leader's digest of what is frozen
         self._audit = Audit()
+        self.damage: StateDiffers | None = None  # found in the file: this replica must stop
         self._failed = False  # an entry was applied half: nothing of it may become durable
         self._reader: Any = None
         self._snapshot()
@@ -126,10 +127,17 @@ class MetaStore:
             return self._frozen.rows[key]
         row: Row | None = self._cache.get(key)
         if row is MISSING:
-            raw = self._reader.get(key)
-            row = self._decoders[key[0]].decode(raw) if raw is not None else None
+            try:
+                raw = self._reader.get(key)
+                row = self._decoders[key[0]].decode(raw) if raw is not None else None
+            except (lmdb.Error, msgspec.MsgspecError) as e:
+                raise self._damaged(e) from None
             self._cache.put(key, row)
         return row
+
+    def _damaged(self, what: object) -> StateDiffers:
+        self.damage = StateDiffers(f"metadata file {self._path} is damaged: {what}")
+        return self.damage
 
     def put(self, key: bytes, row: Row) -> None:
         """As `Rows.put`."""
@@ -170,15 +178,18 @@ class MetaStore:
         start, include = prefix + after, not after
         while True:
             part: list[tuple[bytes, bytes]] = []
-            with self._reader.cursor() as cursor:
-                found = cursor.set_range(start)
-                while found and len(part) < _SCAN_READ:
-                    key = cursor.key()
-                    if not key.startswith(prefix):
-                        break
-                    if key > start or include:
-                        part.append((key, cursor.value()))
-                    found = cursor.next()
+            try:
+                with self._reader.cursor() as cursor:
+                    found = cursor.set_range(start)
+                    while found and len(part) < _SCAN_READ:
+                        key = cursor.key()
+                        if not key.startswith(prefix):
+                            break
+                        if key > start or include:
+                            part.append((key, cursor.value()))
+                        found = cursor.next()
+            except lmdb.Error as e:
+                raise self._damaged(e) from None
             yield from part
             if len(part) < _SCAN_READ:
                 return
@@ -284,29 +295,31 @@ class MetaStore:
         """Thread: hash some more of the file's rows. Gives how many there are when all are done,
         else 0; the next call begins anew. StateDiffers if they are not what the checkpoints wrote.
         """
-        with self._in_use:
-            audit = self._audit
-            with self._env.begin() as txn, txn.cursor() as cursor:
-                found = cursor.set_range(audit.at + b"\0")
-                for _ in range(_AUDIT_ROWS):
-                    if not found:
-                        break
-                    if cursor.key() != _APPLIED_KEY:
-                        audit.count(cursor.key(), cursor.value())
-                    found = cursor.next()
-                if found:
-                    return 0
+        try:
+            with self._in_use, self._env.begin() as txn:
+                audit, more = self._audit, self._audit_rows(txn)
                 raw = txn.get(_APPLIED_KEY)
-            self._audit = Audit()
-        if raw is None:  # no checkpoint yet
-            return 0
-        kept = msgspec.msgpack.decode(raw, type=AppliedRow)
+                if more or raw is None:  # None: no checkpoint yet
+                    return 0
+                self._audit = Audit()
+            kept = msgspec.msgpack.decode(raw, type=AppliedRow)
+        except (lmdb.Error, msgspec.MsgspecError) as e:
+            raise self._damaged(e) from None
         if digest.to_bytes(audit.total) != kept.digest:
-            raise StateDiffers(
-                f"metadata file {self._path} is damaged: its rows are not what was written up to "
-                f"entry {kept.index}"
-            )
+            raise self._damaged(f"its rows are not what was written up to entry {kept.index}")
         return audit.rows
+
+    def _audit_rows(self, txn: Any) -> bool:
+        """Whether there are more than these."""
+        with txn.cursor() as cursor:
+            found = cursor.set_range(self._audit.at + b"\0")
+            for _ in range(_AUDIT_ROWS):
+                if not found:
+                    return False
+                if cursor.key() != _APPLIED_KEY:
+                    self._audit.count(cursor.key(), cursor.value())
+                found = cursor.next()
+        return bool(found)
 
     def index_of(self, path: Path) -> tuple[int, int]:
         """Index and term of the state in a file. UserError if it is none."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raftfs.cli.benchcore import free_ports
-from raftfs.errors import NotLeader, OutcomeUnknown, StateDiffers, UserError
+from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, StateDiffers, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
 from raftfs.meta.raft.configurations import Configurations
 from raftfs.meta.raft.journal import DurableJournal, JournalError
@@ -25,6 +25,7 @@ from raftfs.wire import ops
 from raftfs.wire.auth import ClusterKey
 from raftfs.wire.ops import Batch, Command, encode_batch
 from tests.unit.raft.disks import FakeFiles
+from tests.unit.raft.stock import B, StockNode, both, verdict
 
 KEY = ClusterKey(b"k" * 32)
 _names = itertools.count()
@@ -214,6 +215,54 @@ def test_a_leader_whose_disk_fails_stops_and_another_one_leads(tmp_path: Path) -
             await t.mkdir()
             assert t.leader() not in (None, leader)
             t.files[leader].error = None
+
+    run(story())
+
+
+@both
+@pytest.mark.parametrize("who", ["follower", "leader"])
+def test_h8_an_exception_while_applying_stops_that_replica_alone(
+    side: str, who: str, tmp_path: Path
+) -> None:
+    """Stock tries again with every tick, for ever, each time with its first effects."""
+    if side == "stock":
+        node = StockNode()
+        entries = [(node.command(value), n, 1) for n, value in ((2, "a"), (3, "boom"), (4, "b"))]
+        node.receive(B, "append_entries", term=1, commit_index=4, prevLogIdx=1, prevLogTerm=0,
+                     entries=entries)  # fmt: skip
+        for _ in range(5):
+            with pytest.raises(ZeroDivisionError):
+                node.doTick(0)
+        verdict(side, node.attempts > 5 and "b" not in node.values)
+        return
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            sick = leader if who == "leader" else (leader + 1) % 3
+            store, original, attempts = t.stores[sick], t.stores[sick].put, [0]
+
+            def put(key: bytes, row: Any) -> None:
+                if key[:1] == b"E":
+                    attempts[0] += 1
+                    raise ZeroDivisionError
+                original(key, row)
+
+            store.put = put  # type: ignore[method-assign]
+            before = store.applied
+            await t.mkdir()
+            await t.until(t.replicas[sick].failed.done, "the end of that replica")
+            assert isinstance(t.replicas[sick].failed.exception(), ZeroDivisionError)
+            for _ in range(5):
+                assert (await t.mkdir())[0].result.status == 0
+            others = [n for n in range(3) if n != sick]
+            assert t.leader() in others and not any(t.replicas[n].failed.done() for n in others)
+            assert store.applied >= before and store.checkpointed[0] <= store.applied[0]
+            with pytest.raises(InvariantError):
+                store.freeze()  # nothing of the entry becomes durable
+            verdict(side, attempts[0] != 1)
 
     run(story())
 
