@@ -16,6 +16,7 @@ from raftfs.meta.state.changelog import render
 from raftfs.meta.store import MetaStore
 from raftfs.wire import ops
 from raftfs.wire.ops import Batch, Command, decode_batch, encode_batch
+from tests.unit.planted import plant_from_environment
 
 ENTRIES = 600
 
@@ -105,6 +106,7 @@ def main() -> None:
     time.time_ns = lambda: now_ns() + int(shift_s) * 10**9
     time.monotonic = lambda: tick() * 3
     random.seed(shift_s)
+    plant_from_environment()
     print(replay(Path(log), Path(folder), int(every)))
 
 

@@ -146,6 +146,25 @@ def test_garbage_is_refused_with_a_sentence(tmp_path: Path) -> None:
         file_index(bad)
 
 
+@pytest.mark.parametrize("when", ["after the checkpoint", "while it is written"])
+def test_another_digest_than_the_leaders_is_an_alarm(d: Driver, when: str) -> None:
+    d.checkpoint()
+    d.create(b"a")
+    assert d.store.freeze()
+    index, mine = d.store.applied[0], d.store.digest()
+    if when == "while it is written":
+        d.do(ops.Digest(index, b"x" * 16), session=0)
+        d.store.write_frozen()
+        with pytest.raises(StateDiffers, match="raftfs cluster replace"):
+            d.store.thaw()
+    else:
+        d.store.write_frozen()
+        d.store.thaw()
+        d.do(ops.Digest(index, mine), session=0)
+        with pytest.raises(StateDiffers, match="raftfs cluster replace"):
+            d.do(ops.Digest(index, b"x" * 16), session=0)
+
+
 def audited(store: MetaStore) -> int:
     """Go through the whole file."""
     while not (rows := store.audit_some()):
