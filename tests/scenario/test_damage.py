@@ -8,7 +8,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from raftfs.meta.raft import segments
 from raftfs.wire import ops
 from raftfs.wire.auth import ClusterKey
 from tests.conftest import free_port_base
+from tests.unit.planted import master
 
 ENTRIES = 40
 Damage = Callable[[Path], None]
@@ -36,8 +36,8 @@ class Lone:
         self._log = folder / "log"
         ClusterKey.generate(folder / "key")
         self._argv = [
-            sys.executable, "-m", "raftfs.cli.master", "--peers", f"127.0.0.1:{self.port}",
-            "--listen", "127.0.0.1", "--key", str(folder / "key"), "--data",
+            *master(), "--peers", f"127.0.0.1:{self.port}", "--listen", "127.0.0.1", "--key",
+            str(folder / "key"), "--data",
         ]  # fmt: skip
 
     @contextlib.contextmanager
@@ -160,17 +160,17 @@ def remove(name: str) -> Damage:
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "state empty": (cut("state.mdb", 0), "is empty"),
-    "state cut": (cut("state.mdb", 0.5), "damaged"),
+    "state cut": (cut("state.mdb", 0.5), "is damaged: "),
     "state garbled": (garble_pages, "cannot be opened"),
     "a row of the state": (rot_a_row, "its rows are not what was written"),
     "journal gone": (remove("journal"), "one of them was lost"),
-    "vote of the first blob": (in_journal(0, 24 + 4), "damaged"),
-    "vote of the election": (in_journal(2, 24 + 6), "damaged"),
-    "magic in the journal": (in_journal(4, 2), "damaged"),
-    "number in the journal": (in_journal(4, 9), "damaged"),
-    "length in the journal": (in_journal(5, 16), "damaged"),
-    "crc in the journal": (in_journal(5, 21), "damaged"),
-    "entry in the journal": (in_journal(6, 40), "damaged"),
+    "vote of the first blob": (in_journal(0, 24 + 4), "is damaged at byte"),
+    "vote of the election": (in_journal(2, 24 + 6), "is damaged at byte"),
+    "magic in the journal": (in_journal(4, 2), "is damaged at byte"),
+    "number in the journal": (in_journal(4, 9), "is damaged at byte"),
+    "length in the journal": (in_journal(5, 16), "is damaged at byte"),
+    "crc in the journal": (in_journal(5, 21), "is damaged at byte"),
+    "entry in the journal": (in_journal(6, 40), "is damaged at byte"),
     "identity: format": (flip("identity.cbor", 0.1), "no longer knows who it is"),
     "identity: uuid": (flip("identity.cbor", 0.6), "no longer knows who it is"),
     "identity: crc": (flip("identity.cbor", 0.99), "no longer knows who it is"),

@@ -9,12 +9,14 @@ import argparse
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
 
+from raftfs.cli.master import main as master_main
 from raftfs.meta.raft import segments
 from raftfs.meta.raft.checkpoints import Checkpoints
 from raftfs.meta.raft.configurations import Configurations
@@ -24,7 +26,7 @@ from raftfs.meta.raft.snapshot import SnapshotReceiver
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import digest, ops_namespace
 from raftfs.meta.store import MetaStore
-from raftfs.wire import ops
+from raftfs.wire import ops, rpc
 from tests.sim import mutants as core
 
 RAFT, STORE, STATE = "tests/unit/raft/", "tests/unit/store/", "tests/unit/state/"
@@ -135,6 +137,15 @@ def _by_hash_seed() -> Any:
     return patch.dict("raftfs.meta.state.apply._OPS", {ops.Create: create})
 
 
+def _no_handshake() -> Any:
+    original = rpc.Link.__init__
+
+    def init(self: rpc.Link, incoming: Any, handler: Any, handshake: Any, *more: Any) -> None:
+        original(self, incoming, handler, None, *more)
+
+    return patch.object(rpc.Link, "__init__", init)
+
+
 def _as_founded() -> Any:
     original = ClientService._register
 
@@ -243,6 +254,20 @@ PLANTED: dict[str, Planted] = {
         _by_hash_seed,
         STATE + "test_determinism.py::test_three_processes_that_differ_in_everything_else_agree",
     ),
+    "links need no key": Planted(
+        _no_handshake,
+        RAFT + "test_stock_links.py::test_h26_a_frame_without_the_key_is_not_even_decoded",
+    ),
+    "the disk is not asked, in a real process": Planted(
+        _replace(segments.Files, "sync", lambda self, handle: None),
+        "tests/scenario/test_syncs.py"
+        "::test_every_answer_to_a_change_leaves_after_an_fdatasync_that_returned",
+    ),
+    "damage in the journal passes for a torn tail, in a real process": Planted(
+        _replace(DurableJournal, "_replay", _damage_is_cut_off),
+        "tests/scenario/test_damage.py::test_a_damaged_master_ends_with_a_sentence"
+        "[entry in the journal]",
+    ),
     "clients are refused for good before the founding": Planted(
         _as_founded,
         "tests/unit/meta/test_service.py"
@@ -256,6 +281,12 @@ def plant_from_environment() -> None:
     name = os.environ.get(_ENVIRONMENT)
     if name:
         PLANTED[name].plant().start()
+
+
+def master() -> list[str]:
+    """How to start a master: with the fault that was planted here, if one was."""
+    module = "tests.unit.planted" if _ENVIRONMENT in os.environ else "raftfs.cli.master"
+    return [sys.executable, "-m", module]
 
 
 def goes_red(name: str) -> tuple[bool, str]:
@@ -273,6 +304,9 @@ def goes_red(name: str) -> tuple[bool, str]:
 
 def main() -> int:
     """Print a line for each fault; 1 if one was not found."""
+    if _ENVIRONMENT in os.environ:
+        plant_from_environment()
+        return master_main()
     parser = argparse.ArgumentParser(prog="python -m tests.unit.planted")
     parser.add_argument("--only", default="", help="part of a fault's name")
     parser.add_argument("--verbose", action="store_true", help="print what pytest says")
