@@ -46,6 +46,16 @@ class ConfigError(UserError):
     """A configuration file is refused; the message names file and line."""
 
 
+class StateDiffers(UserError):
+    """This replica's state is not what the log says: its disk or its program is at fault."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: this master must not go on with its data, the others do without it; replace "
+            "it with `raftfs cluster replace NAME`, or start it on an empty folder with --replace"
+        )
+
+
 class InvariantError(AssertionError):
     """A bug: something that must always hold did not. Never caught, never stripped by -O."""
 

@@ -1,7 +1,8 @@
 """One master replica: the store, the Raft replica and the services around them.
 
 Tasks besides the loop's callbacks: the replica's own, the healer's (while leading), `_watch` (each
-second: vanished sessions, role of the moment) and the servers' links.
+second: vanished sessions, role of the moment), `_audit` (reads the whole state, slowly) and the
+servers' links.
 """
 
 import asyncio
@@ -29,6 +30,9 @@ from raftfs.wire import rpc
 from raftfs.wire.auth import ClusterKey
 
 log = structlog.get_logger("raftfs.master")
+
+_AUDIT_EVERY_S = 3_600.0
+_AUDIT_PAUSE_S = 0.02  # between slices of a millisecond
 
 # A master's ports, counted from its Raft port (its item in --peers, by default 9418).
 CHUNKSERVERS, CLIENTS = 2, 3
@@ -121,7 +125,7 @@ class Master:
             starting.result()
             self.replica.on_role.append(self._role_changed)
             self._role_changed()
-            self._tasks.append(asyncio.ensure_future(self._watch()))
+            self._tasks += map(asyncio.ensure_future, (self._watch(), self._audit()))
             log.info("master serves", name=self._config.name, peers=list(self._config.peers))
             await daemon.until(stop, self.replica.failed)
         finally:
@@ -170,12 +174,29 @@ class Master:
         while True:
             await asyncio.sleep(1.0)
             self._tasks = [t for t in self._tasks if not t.done()]
+            if self.store.damage is not None:  # a request has met it
+                self.replica.must_stop(self.store.damage)
+                return
             if not self.replica.is_leader:
                 continue
             try:
                 await self.service.sweep_sessions()
             except RaftfsError as e:
                 log.warning("session sweep interrupted", reason=str(e))
+
+    async def _audit(self) -> None:
+        """Whether the rows in the file are those that were written, at the start and ever again.
+        A row that rotted would else be found when a client asks for it, or never.
+        """
+        while True:
+            try:
+                while not (rows := await asyncio.to_thread(self.store.audit_some)):
+                    await asyncio.sleep(_AUDIT_PAUSE_S)
+            except UserError as e:
+                self.replica.must_stop(e)
+                return
+            log.info("the whole state is as it was written", rows=rows)
+            await asyncio.sleep(_AUDIT_EVERY_S)
 
     async def _shut_down(self) -> None:
         for server in self._servers:

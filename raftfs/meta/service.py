@@ -178,6 +178,8 @@ class ClientService:
             return registered
         line = self._choose_export(link, ask)
         await self._replica.read_barrier()
+        if not self._replica.members:  # not founded yet: there is no root in the first moment
+            raise ReplyError(Status.BUSY)
         root = self._resolve(ask.path)
         if ask.session:
             row = read.session(self._rows, ask.session)

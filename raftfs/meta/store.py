@@ -17,6 +17,7 @@ are written anyway. The thread works in slices, so that it never holds the inter
 import contextlib
 import heapq
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ import msgspec
 import structlog
 from lmdb.verify import VerifyError, verify
 
-from raftfs.errors import UserError, invariant
+from raftfs.errors import StateDiffers, UserError, invariant
 from raftfs.meta.rowcache import MISSING, Overlay, RowCache, Trash
 from raftfs.meta.state import digest, read
 from raftfs.meta.state.apply import Applied, apply_batch
-from raftfs.meta.state.digest import compare
+from raftfs.meta.state.digest import Audit, compare
 from raftfs.meta.state.model import TABLES, Row
 from raftfs.wire.ops import Record, decode_batch
 
@@ -46,6 +47,7 @@ _SCAN_READ = 256  # rows taken from LMDB at a time
 _SORT_SLICE = 4_096  # keys sorted at a time: sorting all of them would hold the interpreter
 _DIGESTS_KEPT = 8  # of the last checkpoints
 _TIDY_ROWS = 2_000  # freed in one turn of the event loop
+_AUDIT_ROWS = 500  # hashed at a time: about a millisecond without the interpreter for the loop
 
 
 class AppliedRow(Record):
@@ -65,6 +67,9 @@ class MetaStore:
         self._cache_rows = cache_rows
         self._trash = Trash()
         self._cache = RowCache(cache_rows, self._trash)
+        # Held by threads that work with the file, so that it is not closed under their hands.
+        # Copying has one of its own: it is long, and checkpoints go on meanwhile.
+        self._in_use, self._copying = threading.Lock(), threading.Lock()
         self._decoders: dict[int, Any] = {t: msgspec.msgpack.Decoder(c) for t, c in TABLES.items()}
         self._open()
 
@@ -85,6 +90,8 @@ class MetaStore:
         self.freezing: tuple[int, int] | None = None
         self._frozen_digest = 0
         self._claimed: tuple[int, bytes] | None = None  # the leader's digest of what is frozen
+        self._audit = Audit()
+        self.damage: StateDiffers | None = None  # found in the file: this replica must stop
         self._failed = False  # an entry was applied half: nothing of it may become durable
         self._reader: Any = None
         self._snapshot()
@@ -120,10 +127,17 @@ class MetaStore:
             return self._frozen.rows[key]
         row: Row | None = self._cache.get(key)
         if row is MISSING:
-            raw = self._reader.get(key)
-            row = self._decoders[key[0]].decode(raw) if raw is not None else None
+            try:
+                raw = self._reader.get(key)
+                row = self._decoders[key[0]].decode(raw) if raw is not None else None
+            except (lmdb.Error, msgspec.MsgspecError) as e:
+                raise self._damaged(e) from None
             self._cache.put(key, row)
         return row
+
+    def _damaged(self, what: object) -> StateDiffers:
+        self.damage = StateDiffers(f"metadata file {self._path} is damaged: {what}")
+        return self.damage
 
     def put(self, key: bytes, row: Row) -> None:
         """As `Rows.put`."""
@@ -164,15 +178,18 @@ class MetaStore:
         start, include = prefix + after, not after
         while True:
             part: list[tuple[bytes, bytes]] = []
-            with self._reader.cursor() as cursor:
-                found = cursor.set_range(start)
-                while found and len(part) < _SCAN_READ:
-                    key = cursor.key()
-                    if not key.startswith(prefix):
-                        break
-                    if key > start or include:
-                        part.append((key, cursor.value()))
-                    found = cursor.next()
+            try:
+                with self._reader.cursor() as cursor:
+                    found = cursor.set_range(start)
+                    while found and len(part) < _SCAN_READ:
+                        key = cursor.key()
+                        if not key.startswith(prefix):
+                            break
+                        if key > start or include:
+                            part.append((key, cursor.value()))
+                        found = cursor.next()
+            except lmdb.Error as e:
+                raise self._damaged(e) from None
             yield from part
             if len(part) < _SCAN_READ:
                 return
@@ -229,7 +246,7 @@ class MetaStore:
         invariant(self.freezing is not None, "no checkpoint has begun")
         assert self.freezing is not None
         rows, total = self._frozen.rows, self._digest
-        with self._env.begin(write=True) as txn:
+        with self._in_use, self._env.begin(write=True) as txn:
             for key in _sorted_in_slices(list(rows)):
                 row, old = rows[key], txn.get(key)
                 new = None if row is None else digest.encode_row(row)
@@ -239,13 +256,14 @@ class MetaStore:
                     txn.delete(key)
                 if new != old:
                     total = digest.change(total, key, old, new)
+                    self._audit.changed(key, old, new)
             applied = AppliedRow(_FORMAT, *self.freezing, digest.to_bytes(total))
             txn.put(_APPLIED_KEY, msgspec.msgpack.encode(applied))
         self._frozen_digest = total
 
     def thaw(self) -> None:
         """Event loop: the checkpoint is durable; its rows are read from the file from now on.
-        InvariantError if the leader had another digest for it.
+        StateDiffers if the leader had another digest for it.
         """
         assert self.freezing is not None
         self.checkpointed, self.freezing = self.freezing, None
@@ -269,8 +287,39 @@ class MetaStore:
         """Thread: a compacted copy of the last checkpoint; gives its index and term."""
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-        self._env.copy(str(path), compact=True)
+        with self._copying:
+            self._env.copy(str(path), compact=True)
         return file_index(path)
+
+    def audit_some(self) -> int:
+        """Thread: hash some more of the file's rows. Gives how many there are when all are done,
+        else 0; the next call begins anew. StateDiffers if they are not what the checkpoints wrote.
+        """
+        try:
+            with self._in_use, self._env.begin() as txn:
+                audit, more = self._audit, self._audit_rows(txn)
+                raw = txn.get(_APPLIED_KEY)
+                if more or raw is None:  # None: no checkpoint yet
+                    return 0
+                self._audit = Audit()
+            kept = msgspec.msgpack.decode(raw, type=AppliedRow)
+        except (lmdb.Error, msgspec.MsgspecError) as e:
+            raise self._damaged(e) from None
+        if digest.to_bytes(audit.total) != kept.digest:
+            raise self._damaged(f"its rows are not what was written up to entry {kept.index}")
+        return audit.rows
+
+    def _audit_rows(self, txn: Any) -> bool:
+        """Whether there are more than these."""
+        with txn.cursor() as cursor:
+            found = cursor.set_range(self._audit.at + b"\0")
+            for _ in range(_AUDIT_ROWS):
+                if not found:
+                    return False
+                if cursor.key() != _APPLIED_KEY:
+                    self._audit.count(cursor.key(), cursor.value())
+                found = cursor.next()
+        return bool(found)
 
     def index_of(self, path: Path) -> tuple[int, int]:
         """Index and term of the state in a file. UserError if it is none."""
@@ -280,9 +329,7 @@ class MetaStore:
         """Event loop: become the state in this (verified) file, which is renamed into place."""
         invariant(self.freezing is None, "a snapshot came during a checkpoint")
         file_index(path)  # refuse it while the state that it would replace is still there
-        self._reader.abort()
-        self._reader = None
-        self._env.close()
+        self._close_file()
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         os.replace(path, self._path)
@@ -297,6 +344,10 @@ class MetaStore:
     def close(self) -> None:
         """Give the file back. What was not checkpointed is in the journal."""
         if self._reader is not None:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        with self._in_use, self._copying:
             self._reader.abort()
             self._reader = None
             self._env.close()

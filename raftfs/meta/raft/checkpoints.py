@@ -1,7 +1,8 @@
 """When checkpoints are made, and how: frozen in the loop, written in a thread, all at one entry.
 
 The leader asks for one by an entry of the log; every replica freezes exactly there, so that their
-digests can be compared; then the leader tells its own. A replica that has not been asked for long
+digests can be compared. The voters tell the leader theirs; the one that a majority has goes into
+the log, and whoever has another stops, even if it leads. A replica that has not been asked for long
 (nobody leads, or the log brings nothing) makes one of its own, which is compared with nobody's.
 """
 
@@ -9,12 +10,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from raftfs.errors import StateDiffers, UserError
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.wire.ops import Checkpoint, Digest, Op
 
 _LOOK_S = 0.2
 _TICK_S = 0.01
 _OVERDUE = 3  # times over any limit: do not wait for the leader
+_UNDECIDED_S = 5.0  # voters that differ wait so long for another one's word
 
 
 class CheckpointLimits(NamedTuple):
@@ -58,18 +61,22 @@ class Checkpoints:
         machine: Freezing,
         journal: DurableJournal,
         fail: Callable[[BaseException], None],
+        tell: Callable[[int, bytes], None] = lambda index, digest: None,
     ) -> None:
-        """`fail(error)`: this replica must not go on."""
+        """`fail(error)`: this replica must not go on. `tell(index, digest)` a leader elsewhere."""
         self._limits = limits
         self._machine = machine
         self._journal = journal
         self._fail = fail
+        self._tell = tell
         self._loop = asyncio.get_running_loop()
         self._frozen = asyncio.Event()  # one has begun and must be written
         self._made_at = self._loop.time()
         self._applied_at = 0.0
         self._asked = 0  # where the log ended when this leader asked for one
-        self._told = 0  # up to where this leader has told its digests
+        self._told = 0  # up to where this leader has put a digest into the log
+        self._undecided_since: float | None = None
+        self._heard: dict[str, tuple[int, bytes]] = {}  # each voter's last checkpoint
         self.members_new = False  # who votes is not in one yet: the next start would not know
         self.lock = asyncio.Lock()
 
@@ -81,8 +88,16 @@ class Checkpoints:
         if isinstance(op, Checkpoint) and self._machine.freeze():
             self._frozen.set()
 
-    def lead(self, propose: Callable[[Op], None]) -> None:
-        """Leader, each turn: ask everybody for a checkpoint, and tell the digest of the last."""
+    def heard(self, name: str, index: int, digest: bytes) -> None:
+        """Leader: a voter has made a checkpoint."""
+        self._heard[name] = (index, digest)
+
+    def lead(
+        self, propose: Callable[[Op], None], me: str, agree: Callable[[set[str]], bool]
+    ) -> None:
+        """Leader, each turn: ask everybody for a checkpoint, and tell the digest that a majority
+        (`agree`) of the voters has for the last.
+        """
         # One that was asked for may have met another one under way: then it is asked for again.
         idle = self._machine.freezing is None and self._asked <= self._machine.applied[0]
         if idle and self._due():
@@ -90,8 +105,36 @@ class Checkpoints:
             propose(Checkpoint())
         index, digest = self._machine.digests[-1]
         if index == self._asked > self._told:
-            self._told = index
-            propose(Digest(index, digest))
+            self._heard[me] = (index, digest)
+            self._compare(index, digest, propose, agree)
+
+    def _compare(
+        self, index: int, mine: bytes, propose: Callable[[Op], None],
+        agree: Callable[[set[str]], bool],
+    ) -> None:  # fmt: skip
+        there = {name: digest for name, (at, digest) in self._heard.items() if at == index}
+        for digest in sorted(set(there.values())):
+            if agree({name for name in there if there[name] == digest}):
+                self._told, self._undecided_since = index, None
+                if digest == mine:
+                    propose(Digest(index, digest))
+                else:
+                    self._fail(StateDiffers(
+                        f"the state after entry {index} differs from that of the other masters"
+                    ))  # fmt: skip
+                return
+        if not agree(set(there)):
+            return
+        now = self._loop.time()
+        if self._undecided_since is None:
+            self._undecided_since = now
+        if now - self._undecided_since > _UNDECIDED_S:
+            # Whoever is right: what is served from here may be wrong.
+            said = ", ".join(f"{name} has {there[name].hex()}" for name in sorted(there))
+            self._fail(UserError(
+                f"the masters differ after entry {index}, and no state has a majority: {said}; "
+                "nothing is served until another master, started beside these, decides"
+            ))  # fmt: skip
 
     def _due(self, factor: int = 1) -> bool:
         """With a factor: is one overdue, so that this node makes its own?"""
@@ -134,6 +177,7 @@ class Checkpoints:
             await asyncio.to_thread(self._machine.write_frozen)
             self._machine.thaw()
             self._made_at = self._loop.time()
+            self._tell(*self._machine.digests[-1])
             needed = self._journal.compact(
                 self._machine.checkpointed[0], self._limits.tail_entries, self._limits.tail_bytes
             )

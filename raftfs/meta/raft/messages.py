@@ -105,6 +105,13 @@ class Refused(Tagged, tag=11):
     stranger: bool = False
 
 
+class CheckpointMade(Tagged, tag=12):
+    """Voter to the leader: my checkpoint after entry `index` has this digest."""
+
+    index: int
+    digest: bytes
+
+
 class Masters(Tagged, tag=13):
     """Voter to a learner: these vote, as far as I know. It may have missed who came, and the one
     that leads may be among those.
@@ -115,7 +122,7 @@ class Masters(Tagged, tag=13):
 
 Message = (
     Append | Ack | Vote | VoteGiven | PreVote | PreVoteAnswer | Contact | CampaignNow
-    | SnapshotPiece | SnapshotNext | Refused | Masters
+    | SnapshotPiece | SnapshotNext | Refused | CheckpointMade | Masters
 )  # fmt: skip
 
 

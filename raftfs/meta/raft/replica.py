@@ -24,7 +24,13 @@ from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints, Freezing
 from raftfs.meta.raft.identity import Identity
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.links import Links
-from raftfs.meta.raft.messages import PeerName, Refused, SnapshotNext, SnapshotPiece
+from raftfs.meta.raft.messages import (
+    CheckpointMade,
+    PeerName,
+    Refused,
+    SnapshotNext,
+    SnapshotPiece,
+)
 from raftfs.meta.raft.safety import LEADER, SafeSyncObj
 from raftfs.meta.raft.snapshot import SnapshotReceiver, SnapshotSender
 from raftfs.meta.raft.surroundings import Surroundings
@@ -138,8 +144,9 @@ class Replica:
         )  # fmt: skip
         self._check_journal()
         self._checkpoints = Checkpoints(
-            self.config.checkpoints, self.machine, self._journal, self._fail
-        )
+            self.config.checkpoints, self.machine, self._journal, self._fail,
+            self._tell_checkpoint,
+        )  # fmt: skip
         self._known_members = self.machine.members()
         if self._known_members.get(self.config.name) == self._identity.uuid:
             self._identity.promote()  # a stop came between the checkpoint that says so and this
@@ -245,6 +252,10 @@ class Replica:
             if self._syncer is not None:
                 await asyncio.to_thread(self._syncer.stop)
             self._journal._destroy()
+
+    def must_stop(self, error: BaseException) -> None:
+        """The owner found that this replica must not go on."""
+        self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """This node must not go on."""
@@ -364,6 +375,8 @@ class Replica:
                 self._receiver.piece(node, message)
             elif isinstance(message, SnapshotNext):
                 self._sender.answered(node, message)
+            elif isinstance(message, CheckpointMade):
+                self._checkpoints.heard(node.id, message.index, message.digest)
             else:
                 self._core.receive(node, message)
         except Exception as e:
@@ -428,7 +441,7 @@ class Replica:
                 everybody = self._identity.peers | {self.config.name: self._identity.uuid}
                 self._propose_own(Found(uuid, everybody))
             self._promote_joined(core)
-        self._checkpoints.lead(self._propose_own)
+        self._checkpoints.lead(self._propose_own, self.config.name, core.configurations.agree)
 
     def _promote_joined(self, core: SafeSyncObj) -> None:
         for node in core.learners:
@@ -559,6 +572,11 @@ class Replica:
         await future
 
     # --- checkpoints and snapshots
+
+    def _tell_checkpoint(self, index: int, digest: bytes) -> None:
+        core = self._core
+        if core is not None and core.leader_node is not None and self._identity.voter:
+            self._send(core.leader_node, CheckpointMade(index, digest))
 
     def _offer_snapshot(self, node: Node) -> None:
         if self.machine.checkpointed[0]:  # else there is nothing to copy until the first checkpoint

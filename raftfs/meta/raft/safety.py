@@ -413,7 +413,9 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             if m.next_index <= 2 and self._replaces_a_voter(node):
                 self.next_index[node] = 0  # it has nothing: a snapshot is shorter than the log
             self.heartbeat_due = 0.0
-        if self.next_index[node] <= self._may_have(node):
+        # Nothing of the log is sent to a node that waits for a snapshot: hurrying would only have
+        # it answer again, and again, for as long as the transfer takes.
+        if self.journal.oldest_index < self.next_index[node] <= self._may_have(node):
             self.heartbeat_due = 0.0
 
     def _replaces_a_voter(self, node: Node) -> bool:

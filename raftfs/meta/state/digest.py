@@ -6,7 +6,7 @@ hash, add the new one's.
 
 import hashlib
 
-from raftfs.errors import invariant
+from raftfs.errors import StateDiffers
 from raftfs.meta.state.model import Row
 from raftfs.wire.frame import encode
 
@@ -42,10 +42,28 @@ def to_bytes(total: int) -> bytes:
 
 
 def compare(mine: bytes | None, index: int, leaders: bytes) -> None:
-    """InvariantError if this replica's checkpoint after entry `index` is not the leader's."""
-    if mine is not None:
-        invariant(
-            mine == leaders,
-            f"this replica's state after entry {index} differs from the leader's: {mine.hex()} is "
-            f"not {leaders.hex()}; replace this master (raftfs cluster replace)",
-        )
+    """StateDiffers if this replica's checkpoint after entry `index` is not the leader's."""
+    if mine not in (None, leaders):
+        raise StateDiffers(f"the state after entry {index} differs from the leader's")
+
+
+class Audit:
+    """Hashes the rows of a file one after the other while checkpoints go on changing it; what it
+    has in the end must be the digest. A row that rotted is so found before anybody asks for it.
+    """
+
+    def __init__(self) -> None:
+        self.total = EMPTY
+        self.at = b""  # every key up to this one is counted
+        self.rows = 0
+
+    def count(self, key: bytes, value: bytes) -> None:
+        """The next row."""
+        self.total = change(self.total, key, None, value)
+        self.at = key
+        self.rows += 1
+
+    def changed(self, key: bytes, old: bytes | None, new: bytes | None) -> None:
+        """A checkpoint changes a row, which may be counted already."""
+        if key <= self.at:
+            self.total = change(self.total, key, old, new)

@@ -179,7 +179,7 @@ class Rows(Protocol):
         """
 
     def compare_digest(self, index: int, digest: bytes) -> None:
-        """InvariantError if the checkpoint after entry `index` has another digest here; one that is
+        """StateDiffers if the checkpoint after entry `index` has another digest here; one that is
         still being made is compared later, one that was never made never.
         """
 

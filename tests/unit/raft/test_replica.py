@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from raftfs.cli.benchcore import free_ports
-from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, UserError
+from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, StateDiffers, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
+from raftfs.meta.raft.configurations import Configurations
 from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.messages import PeerName, Refused
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
@@ -24,6 +25,7 @@ from raftfs.wire import ops
 from raftfs.wire.auth import ClusterKey
 from raftfs.wire.ops import Batch, Command, encode_batch
 from tests.unit.raft.disks import FakeFiles
+from tests.unit.raft.stock import B, StockNode, both, verdict
 
 KEY = ClusterKey(b"k" * 32)
 _names = itertools.count()
@@ -127,13 +129,14 @@ def run(story: Awaitable[None]) -> None:
     asyncio.run(story)  # type: ignore[arg-type]
 
 
-def test_a_replica_that_differs_stops_and_the_others_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["follower", "leader"])
+def test_a_replica_that_differs_stops_and_the_others_go_on(tmp_path: Path, who: str) -> None:
     async def story() -> None:
         async with trio(tmp_path) as t:
             await t.mkdir()
             leader = t.leader()
             assert leader is not None
-            wrong = (leader + 1) % 3
+            wrong = leader if who == "leader" else (leader + 1) % 3
             store, original = t.stores[wrong], t.stores[wrong].put
             store.put = (  # type: ignore[method-assign]
                 lambda key, row: original(key, row) if b"dir" not in key else None
@@ -141,16 +144,22 @@ def test_a_replica_that_differs_stops_and_the_others_go_on(tmp_path: Path) -> No
             await t.mkdir()
             await t.until(t.replicas[wrong].failed.done, "the alarm")
             error = t.replicas[wrong].failed.exception()
-            assert isinstance(error, InvariantError) and "differs from the leader's" in str(error)
-            before = t.stores[leader].applied[0]
+            assert isinstance(error, StateDiffers) and "raftfs cluster replace" in str(error)
             for _ in range(5):
                 assert (await t.mkdir())[0].result.status == 0
-            assert t.stores[leader].applied[0] > before
-            healthy = 3 - leader - wrong
+            others = [n for n in range(3) if n != wrong]
+            assert t.leader() in others
             await t.until(
-                lambda: t.stores[healthy].applied == t.stores[leader].applied, "the other one"
+                lambda: t.stores[others[0]].applied == t.stores[others[1]].applied, "both others"
             )
-            assert not t.replicas[healthy].failed.done()
+            before = t.stores[others[0]].checkpointed[0]
+            await t.mkdir()
+            await t.until(
+                lambda: t.stores[others[0]].digests[-1] == t.stores[others[1]].digests[-1]
+                and t.stores[others[0]].checkpointed[0] > before,
+                "their next checkpoint",
+            )
+            assert not any(t.replicas[n].failed.done() for n in others)
 
     run(story())
 
@@ -206,6 +215,54 @@ def test_a_leader_whose_disk_fails_stops_and_another_one_leads(tmp_path: Path) -
             await t.mkdir()
             assert t.leader() not in (None, leader)
             t.files[leader].error = None
+
+    run(story())
+
+
+@both
+@pytest.mark.parametrize("who", ["follower", "leader"])
+def test_h8_an_exception_while_applying_stops_that_replica_alone(
+    side: str, who: str, tmp_path: Path
+) -> None:
+    """Stock tries again with every tick, for ever, each time with its first effects."""
+    if side == "stock":
+        node = StockNode()
+        entries = [(node.command(value), n, 1) for n, value in ((2, "a"), (3, "boom"), (4, "b"))]
+        node.receive(B, "append_entries", term=1, commit_index=4, prevLogIdx=1, prevLogTerm=0,
+                     entries=entries)  # fmt: skip
+        for _ in range(5):
+            with pytest.raises(ZeroDivisionError):
+                node.doTick(0)
+        verdict(side, node.attempts > 5 and "b" not in node.values)
+        return
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            sick = leader if who == "leader" else (leader + 1) % 3
+            store, original, attempts = t.stores[sick], t.stores[sick].put, [0]
+
+            def put(key: bytes, row: Any) -> None:
+                if key[:1] == b"E":
+                    attempts[0] += 1
+                    raise ZeroDivisionError
+                original(key, row)
+
+            store.put = put  # type: ignore[method-assign]
+            before = store.applied
+            await t.mkdir()
+            await t.until(t.replicas[sick].failed.done, "the end of that replica")
+            assert isinstance(t.replicas[sick].failed.exception(), ZeroDivisionError)
+            for _ in range(5):
+                assert (await t.mkdir())[0].result.status == 0
+            others = [n for n in range(3) if n != sick]
+            assert t.leader() in others and not any(t.replicas[n].failed.done() for n in others)
+            assert store.applied >= before and store.checkpointed[0] <= store.applied[0]
+            with pytest.raises(InvariantError):
+                store.freeze()  # nothing of the entry becomes durable
+            verdict(side, attempts[0] != 1)
 
     run(story())
 
@@ -300,21 +357,62 @@ def test_a_master_that_lost_its_disk_stops_however_late_it_is_refused(tmp_path: 
 
 def test_a_checkpoint_that_met_another_one_is_asked_for_again() -> None:
     async def story() -> None:
-        machine = BusyMachine()
+        machine, three = BusyMachine(), Configurations(dict.fromkeys("abc", b""))
         checkpoints = Checkpoints(
             CheckpointLimits(quiet_s=-1.0), machine, DurableJournal(Path("j"), FakeFiles()), print
         )
         asked: list[ops.Op] = []
-        checkpoints.lead(asked.append)
-        checkpoints.lead(asked.append)
+        checkpoints.lead(asked.append, "a", three.agree)
+        checkpoints.lead(asked.append, "a", three.agree)
         assert [type(op) for op in asked] == [ops.Checkpoint], "not twice"
         machine.applied = (1, 1)  # its entry; but another one is under way
         machine.freezing = (0, 0)
         checkpoints.applied(asked[0])
-        checkpoints.lead(asked.append)
+        checkpoints.lead(asked.append, "a", three.agree)
         assert len(asked) == 1
         machine.freezing = None
-        checkpoints.lead(asked.append)
+        checkpoints.lead(asked.append, "a", three.agree)
         assert len(asked) == 2
+
+    run(story())
+
+
+class MadeMachine(BusyMachine):
+    """Its checkpoint after entry 1 has a digest."""
+
+    applied = checkpointed = (1, 1)
+    digests: Sequence[tuple[int, bytes]] = ((1, b"A" * 16),)
+
+    def dirty(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("claims", "told", "stops"),
+    [({}, False, ""), ({"b": "A"}, True, ""), ({"b": "B"}, False, "no state has a majority"),
+     ({"b": "B", "c": "A"}, True, ""), ({"b": "B", "c": "B"}, False, "of the other masters"),
+     ({"b": "B", "c": "C"}, False, "no state has a majority"), ({"x": "A"}, False, "")],
+)  # fmt: skip
+def test_the_majority_of_the_voters_has_the_right_digest(
+    claims: dict[str, str], told: bool, stops: str
+) -> None:
+    """The leader's own was once the right one whatever the others had: both of them stopped."""
+
+    async def story() -> None:
+        three, failed = Configurations(dict.fromkeys("abc", b"")), list[BaseException]()
+        made = Checkpoints(
+            CheckpointLimits(), MadeMachine(), DurableJournal(Path("j"), FakeFiles()),
+            failed.append,
+        )  # fmt: skip
+        made._asked = 1
+        for name, digest in claims.items():
+            made.heard(name, 1, digest.encode() * 16)
+        proposed: list[ops.Op] = []
+        for _ in range(2):
+            made.lead(proposed.append, "a", three.agree)
+            made._undecided_since = made._undecided_since and made._undecided_since - 10
+        assert [type(op) for op in proposed] == [ops.Digest] * told
+        assert len(failed) == bool(stops)
+        assert all(isinstance(e, UserError) and stops in str(e) for e in failed)
 
     run(story())

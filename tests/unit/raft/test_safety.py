@@ -18,6 +18,7 @@ from raftfs.meta.raft.messages import (
     Ack,
     Append,
     CampaignNow,
+    Contact,
     PreVote,
     PreVoteAnswer,
     Vote,
@@ -197,6 +198,18 @@ def test_an_old_reset_does_not_send_the_log_again(bench: Bench) -> None:
     high = bench.core.next_index[B]
     bench.core.receive(B, Ack(bench.core.term, 1, 2, False, True))
     assert bench.core.next_index[B] >= high, "what has matched once is not doubted"
+
+
+def test_a_node_that_waits_for_a_snapshot_is_not_hurried(bench: Bench) -> None:
+    """Leader and node once answered each other without pause until the snapshot was there."""
+    bench.lead()
+    bench.acknowledge()
+    bench.core.next_index[C] = bench.journal.oldest_index
+    bench.core.replicate()
+    (contact,) = bench.wire.take(Contact)
+    due = bench.core.heartbeat_due
+    bench.core.receive(C, Ack(bench.core.term, contact.seq, 0, False, False))
+    assert bench.core.heartbeat_due == due > bench.now
 
 
 def test_one_node_has_one_vote(monkeypatch: pytest.MonkeyPatch) -> None:

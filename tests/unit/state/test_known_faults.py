@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from raftfs.errors import UserError
+from raftfs.errors import StateDiffers, UserError
 from raftfs.meta.store import MetaStore
 from raftfs.wire import ops
 from raftfs.wire.ops import Batch, Command, Written
@@ -97,7 +97,7 @@ def test_after_a_failed_entry_nothing_is_checkpointed(tmp_path: Path) -> None:
     d = Driver(tmp_path / "s")
     good = Command(1, 0, ops.Create(1, b"half", 1, 0, 0, 0, 0))
     wrong = Command(0, 0, ops.Digest(d.store.checkpointed[0], b"x" * 16))
-    with pytest.raises(AssertionError):
+    with pytest.raises(StateDiffers):
         d.store.apply_entry(3, 1, ops.encode_batch(Batch(10**18, [good, wrong])))
     with pytest.raises(AssertionError):
         d.store.freeze()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raftfs.const import CHUNK_SIZE, FILE_LENGTH_MAX
-from raftfs.errors import InvariantError, ReplyError, Status
+from raftfs.errors import ReplyError, StateDiffers, Status
 from raftfs.meta.state import read
 from raftfs.wire import ops
 from raftfs.wire.ops import Written
@@ -259,5 +259,5 @@ def test_digest_of_another_state_stops_the_replica(c: Cluster) -> None:
     c.rows.checkpoints[at] = digest
     assert c.apply(ops.Digest(at - 1, b"x" * 16), session=0).result.status == 0, "not known here"
     assert c.apply(ops.Digest(at, digest), session=0).result.status == 0
-    with pytest.raises(InvariantError, match="differs from the leader's"):
+    with pytest.raises(StateDiffers, match="differs from the leader's"):
         c.apply(ops.Digest(at, b"x" * 16), session=0)
