@@ -12,12 +12,13 @@ import structlog
 
 from raftfs import daemon
 from raftfs.conf import exports
-from raftfs.const import PORT_RAFT
+from raftfs.const import KEPT_LOG_BYTES, PORT_RAFT
 from raftfs.errors import RaftfsError, UserError
 from raftfs.meta.chunkhub import ChunkHub
 from raftfs.meta.grants import Grants
 from raftfs.meta.healer import Healer, HealingConfig
 from raftfs.meta.proposer import Proposer
+from raftfs.meta.raft.checkpoints import CheckpointLimits
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import read
@@ -42,6 +43,7 @@ class MasterConfig(NamedTuple):
     join: bool = False
     export_lines: tuple[exports.ExportLine, ...] = ()
     healing: HealingConfig = HealingConfig()
+    kept_log_bytes: int = KEPT_LOG_BYTES
 
     @property
     def port(self) -> int:
@@ -52,6 +54,15 @@ class MasterConfig(NamedTuple):
 def _chunkserver_address(name: str) -> str:
     host, _, port = name.rpartition(":")
     return f"{host}:{int(port) + CHUNKSERVERS}"
+
+
+def _limits(kept_log_bytes: int) -> CheckpointLimits:
+    """What is kept of the log: all of it for learners, a small part of it for other masters, which
+    are brought up to date by a snapshot sooner than by an hour's entries.
+    """
+    usual = CheckpointLimits()
+    tail_bytes = min(usual.tail_bytes, kept_log_bytes // 16)
+    return usual._replace(tail_bytes=tail_bytes, kept_bytes=kept_log_bytes)
 
 
 def parse_peer(item: str) -> str:
@@ -74,7 +85,7 @@ class Master:
         self.replica = Replica(
             ReplicaConfig(
                 name=config.name, peers=config.peers, data_dir=config.data_dir,
-                join=config.join,
+                join=config.join, checkpoints=_limits(config.kept_log_bytes),
             ),
             self.store,
             key,

@@ -119,7 +119,8 @@ class Machine:
         peers = tuple(sorted({*members, *self._itself()})) if members else self.peers
         config = ReplicaConfig(
             self.name, peers, self.folder, self.learner, self.join,
-            CheckpointLimits(rows=25, every_s=1.0, quiet_s=0.4, tail_entries=10, tail_bytes=2_000),
+            CheckpointLimits(rows=25, every_s=1.0, quiet_s=0.4, tail_entries=10, tail_bytes=2_000,
+                             kept_bytes=4 * SEGMENT),
         )  # fmt: skip
         replica = Replica(config, store, None, self._surroundings())  # type: ignore[arg-type]
         self.replica, self.proposer = replica, Proposer(replica, self._wall_ns)
