@@ -29,7 +29,7 @@ MAY_IMPORT = {
 # Inside meta, from the bottom up; a module may import what stands before or with it.
 META_ORDER = [
     "state", "plan", "rowcache", "store", "statefile", "image", "changelogfiles", "restore", "raft",
-    "services", "master",
+    "learner", "services", "master",
 ]
 SERVICES = {
     "proposer", "sessions", "chunkhub", "grants", "healer", "goals", "membership", "service",
@@ -40,7 +40,8 @@ ROOMS = {
     "lmdb": ["raftfs/meta/store.py", "raftfs/meta/statefile.py"],
     "pyfuse3": ["raftfs/mount/"],
     "aiohttp": ["raftfs/cli/monitor/"],
-    "zstandard": ["raftfs/meta/raft/snapshot.py", "raftfs/meta/changelogfiles.py"],
+    "zstandard": ["raftfs/meta/raft/snapshot.py", "raftfs/meta/changelogfiles.py",
+                  "raftfs/meta/learner/files.py"],
 }
 IMPURE = {
     "asyncio", "time", "random", "os", "socket", "threading", "structlog", "logging", "secrets",
