@@ -42,7 +42,7 @@ _HOLES_KEPT = 100  # in learner.json
 _MARKS_KEPT = 16  # checkpoints whose digest the leader may still tell
 _COPY = "image.copy"
 # It never leads: nobody else needs its log.
-_LIMITS = CheckpointLimits(tail_entries=1_000, tail_bytes=1 << 20)
+_LIMITS = CheckpointLimits(every_s=2.0, tail_entries=1_000, tail_bytes=1 << 20)
 
 
 class LearnerConfig(NamedTuple):
