@@ -27,17 +27,21 @@ MAY_IMPORT = {
     "cli": {"ground", "wire", "conf", "client", "meta", "chunk", "mount", "cli"},
 }
 # Inside meta, from the bottom up; a module may import what stands before or with it.
-META_ORDER = ["state", "plan", "rowcache", "store", "raft", "services", "master"]
+META_ORDER = [
+    "state", "plan", "rowcache", "store", "statefile", "image", "changelogfiles", "restore", "raft",
+    "learner", "services", "master",
+]
 SERVICES = {
     "proposer", "sessions", "chunkhub", "grants", "healer", "goals", "membership", "service",
 }  # fmt: skip
 # Third parties and the only places that may know them.
 ROOMS = {
     "pysyncobj": ["raftfs/meta/raft/"],
-    "lmdb": ["raftfs/meta/store.py"],
+    "lmdb": ["raftfs/meta/store.py", "raftfs/meta/statefile.py"],
     "pyfuse3": ["raftfs/mount/"],
     "aiohttp": ["raftfs/cli/monitor/"],
-    "zstandard": ["raftfs/meta/raft/snapshot.py"],
+    "zstandard": ["raftfs/meta/raft/snapshot.py", "raftfs/meta/changelogfiles.py",
+                  "raftfs/meta/learner/files.py"],
 }
 IMPURE = {
     "asyncio", "time", "random", "os", "socket", "threading", "structlog", "logging", "secrets",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raftfs.cli import processes
 from raftfs.cli.localcluster import LocalCluster, Node, locked
-from raftfs.const import PORT_RAFT
+from raftfs.const import KEPT_LOG_BYTES, MIB, PORT_RAFT
 from raftfs.errors import UserError
 
 DEFAULT_DIR = Path(".raftfs")
@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
         ("--masters", 3, "master replicas"),
         ("--chunkservers", 3, "chunkservers"),
         ("--hdds", 1, "disks of each chunkserver"),
+        ("--metaloggers", 0, "metaloggers"),
         ("--port-base", PORT_RAFT, "first port"),
+        ("--keep-log-mib", KEPT_LOG_BYTES // MIB, "MiB of log that masters keep for metaloggers"),
     ):
         up.add_argument(option, type=int, metavar="N", help=f"{text} (of a new cluster: {number})")
     up.add_argument("--mount", type=Path, metavar="PATH", help="and mount it there")
@@ -44,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true")
     kill = verb("kill", "send a signal to a process")
     kill.add_argument("what", metavar="ROLE|NAME",
-                      help="leader, follower, chunkserver, mount, or a name")  # fmt: skip
+                      help="leader, follower, chunkserver, metalogger, mount, or a "
+                      "name")  # fmt: skip
     kill.add_argument("--signal", choices=_SIGNALS, default="KILL")
     start = verb("start", "start a process again")
     start.add_argument("name")
@@ -85,6 +88,7 @@ def _up(args: argparse.Namespace) -> None:
         cluster = LocalCluster.create(
             args.dir, _given(args.masters, 3), _given(args.chunkservers, 3),
             _given(args.hdds, 1), _given(args.port_base, PORT_RAFT),
+            _given(args.metaloggers, 0), _given(args.keep_log_mib, KEPT_LOG_BYTES // MIB),
         )  # fmt: skip
     else:
         cluster = LocalCluster.load(args.dir)
@@ -114,7 +118,9 @@ def _check_same(cluster: LocalCluster, args: argparse.Namespace) -> None:
         ("--masters", args.masters, len(cluster.by_role("master"))),
         ("--chunkservers", args.chunkservers, len(servers)),
         ("--hdds", args.hdds, servers[0].argv.count("--hdd")),
+        ("--metaloggers", args.metaloggers, len(cluster.by_role("metalogger"))),
         ("--port-base", args.port_base, cluster.port_base),
+        ("--keep-log-mib", args.keep_log_mib, cluster.keep_log_mib()),
     ):
         if asked is not None and asked != there:
             raise UserError(
@@ -168,12 +174,15 @@ def _named(cluster: LocalCluster, name: str) -> Node:
 def _start(args: argparse.Namespace) -> None:
     cluster = LocalCluster.load(args.dir)
     node = _named(cluster, args.name)
+    since = time.time() if node.state == "stopped" else 0.0
     cluster.start(node)
 
     def ready() -> bool:
         if node.role == "master":
             view = cluster.view(node)
             return view is not None and bool(view["cluster"])
+        if node.role == "metalogger":
+            return cluster.learns(node, since)
         if node.role == "mount":
             return bool(processes.mounted_at(Path(node.path)))
         views = [cluster.view(n) for n in cluster.by_role("master") if n.state == "running"]

@@ -4,7 +4,7 @@
     D/cluster.lock   held by a command that changes the cluster, so that two never mix
     D/cluster.key    the cluster key
     D/log/NAME.log   output
-    D/NAME/          data: m1.. masters, cs1.. chunkservers; mnt1.. mounts have none
+    D/NAME/          data: m1.. masters, cs1.. chunkservers, ml1.. metaloggers; mounts have none
 
 Ports, counted from the port base B (default 9418): master i has B+10*i (Raft), +2 chunkservers, +3
 clients, +7 web; chunkserver j has B+500+j. Everything listens on 127.0.0.1 only.
@@ -26,14 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from raftfs.cli import processes
+from raftfs.const import KEPT_LOG_BYTES, MIB
 from raftfs.errors import UserError
+from raftfs.meta.learner import status as learner_status
 from raftfs.meta.raft.identity import Identity
 from raftfs.wire.auth import ClusterKey
 
 HOST = "127.0.0.1"
 MASTER_STEP, CHUNKSERVER_OFFSET = 10, 500
 START_TIMEOUT_S = 30.0
-MASTERS_MAX, CHUNKSERVERS_MAX, HDDS_MAX = 9, 99, 36  # what the port scheme and a machine can bear
+# What the port scheme and a machine can bear.
+MASTERS_MAX, CHUNKSERVERS_MAX, HDDS_MAX, METALOGGERS_MAX = 9, 99, 36, 9
 _LOCK_TIMEOUT_S = 60.0
 _TAIL_LINES = 5
 
@@ -116,17 +119,20 @@ class LocalCluster:
 
     @classmethod
     def create(
-        cls, folder: Path, masters: int, chunkservers: int, hdds: int, port_base: int
+        cls, folder: Path, masters: int, chunkservers: int, hdds: int, port_base: int,
+        metaloggers: int = 0, keep_log_mib: int = KEPT_LOG_BYTES // MIB,
     ) -> "LocalCluster":
         """A new cluster's folder, key and command lines; nothing runs yet."""
-        _check_numbers(masters, chunkservers, hdds, port_base)
+        _check_numbers(masters, chunkservers, hdds, port_base, metaloggers)
         cluster = cls(folder, port_base, [])
         bases = [port_base + MASTER_STEP * i for i in range(masters)]
         peers = ",".join(f"{HOST}:{b}" for b in bases)
         for number, base in enumerate(bases, 1):
-            cluster._add_master(f"m{number}", base, peers)
+            cluster._add_master(f"m{number}", base, peers, keep_log_mib)
         for number in range(1, chunkservers + 1):
             cluster._add_chunkserver(number, hdds, bases)
+        for number in range(1, metaloggers + 1):
+            cluster._add_metalogger(number, peers)
         cluster._check_ports()
         try:
             (folder / "log").mkdir(parents=True, exist_ok=True)
@@ -142,11 +148,11 @@ class LocalCluster:
         self.down()
         (self.folder / "cluster.json").unlink(missing_ok=True)
 
-    def _add_master(self, name: str, base: int, peers: str) -> None:
+    def _add_master(self, name: str, base: int, peers: str, keep_log_mib: int) -> None:
         argv = [
             sys.executable, "-m", "raftfs.cli.master", "--peers", peers, "--name",
             f"{HOST}:{base}", "--data", str(self.folder / name), "--key", str(self.key),
-            "--listen", HOST,
+            "--listen", HOST, "--keep-log-mib", str(keep_log_mib),
         ]  # fmt: skip
         ports = {"raft": base, "chunkservers": base + 2, "clients": base + 3, "web": base + 7}
         self.nodes.append(Node({"name": name, "role": "master", "argv": argv, "ports": ports}))
@@ -162,6 +168,14 @@ class LocalCluster:
             argv += ["--hdd", str(self.folder / name / f"hdd{hdd}")]
         entry = {"name": name, "role": "chunkserver", "argv": argv, "ports": {"data": port}}
         self.nodes.append(Node(entry))
+
+    def _add_metalogger(self, number: int, peers: str) -> None:
+        name = f"ml{number}"
+        argv = [
+            sys.executable, "-m", "raftfs.cli.metalogger", "--peers", peers, "--data",
+            str(self.folder / name), "--key", str(self.key),
+        ]  # fmt: skip
+        self.nodes.append(Node({"name": name, "role": "metalogger", "argv": argv, "ports": {}}))
 
     def _check_ports(self) -> None:
         for node in self.nodes:
@@ -321,7 +335,7 @@ class LocalCluster:
             processes.send(node.pid, node.started, signal.SIGCONT)
             processes.unmount(Path(node.path))
             processes.end(node.pid, node.started, 20.0)
-        for role in ("chunkserver", "master"):
+        for role in ("metalogger", "chunkserver", "master"):
             for node in self.by_role(role):
                 processes.end(node.pid, node.started)
         for node in self.nodes:
@@ -338,6 +352,17 @@ class LocalCluster:
         if not path.exists() or view is None or view["role"] == "candidate":
             return False
         return Identity.load_or_create(path, f"{HOST}:{node.ports['raft']}", voter=False).voter
+
+    def learns(self, node: Node, since: float) -> bool:
+        """Whether a metalogger has said something of itself since then."""
+        said = self.folder / node.name / learner_status.NAME
+        return said.exists() and said.stat().st_mtime >= since
+
+    def keep_log_mib(self) -> int:
+        """What the masters were told with the option of that name."""
+        argv = self.by_role("master")[0].argv
+        at = argv.index("--keep-log-mib") if "--keep-log-mib" in argv else -1
+        return int(argv[at + 1]) if at >= 0 else KEPT_LOG_BYTES // MIB
 
     def view(self, node: Node) -> dict[str, Any] | None:
         """A master's own status, None if it does not answer."""
@@ -372,7 +397,9 @@ class LocalCluster:
         }  # fmt: skip
 
 
-def _check_numbers(masters: int, chunkservers: int, hdds: int, port_base: int) -> None:
+def _check_numbers(
+    masters: int, chunkservers: int, hdds: int, port_base: int, metaloggers: int
+) -> None:
     """UserError unless the numbers make a cluster."""
     if masters == 2:
         raise UserError("--masters 2: with two, losing either stops both; give 1, 3 or 5")
@@ -380,6 +407,7 @@ def _check_numbers(masters: int, chunkservers: int, hdds: int, port_base: int) -
         ("--masters", masters, 1, MASTERS_MAX),
         ("--chunkservers", chunkservers, 1, CHUNKSERVERS_MAX),
         ("--hdds", hdds, 1, HDDS_MAX),
+        ("--metaloggers", metaloggers, 0, METALOGGERS_MAX),
         ("--port-base", port_base, 1024, 65_535 - CHUNKSERVER_OFFSET - CHUNKSERVERS_MAX),
     ):
         if not low <= number <= high:

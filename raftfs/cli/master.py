@@ -7,9 +7,10 @@ from pathlib import Path
 from raftfs import daemon
 from raftfs.cli.monitor import web
 from raftfs.conf import exports
+from raftfs.const import KEPT_LOG_BYTES, MIB
 from raftfs.errors import UserError
 from raftfs.meta.healer import HealingConfig
-from raftfs.meta.master import Master, MasterConfig, parse_peer
+from raftfs.meta.master import Master, MasterConfig, checkpoint_limits, parse_peer
 from raftfs.wire.auth import ClusterKey
 
 WEB = 7  # the web monitor's port, counted from the Raft port
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
                    help="mfsexports.cfg (default: everybody may mount read-write)")
     p.add_argument("--listen", default="0.0.0.0", metavar="ADDRESS",
                    help="address of the chunkservers' and clients' ports (default: %(default)s)")
+    p.add_argument("--keep-log-mib", type=int, default=KEPT_LOG_BYTES // MIB, metavar="MIB",
+                   help="log kept on the disk for metaloggers that were away: one that was away "
+                   "for longer has a hole in its changelogs (default: %(default)s)")
     joining = p.add_mutually_exclusive_group()
     joining.add_argument("--replace", action="store_true",
                          help="this replica lost its data: join with a new identity as a learner, "
@@ -62,12 +66,14 @@ def configure(args: argparse.Namespace) -> MasterConfig:
     if name not in peers:
         raise UserError(f"--name {name} is not among --peers {','.join(peers)}")
     lines = exports.parse_file(args.exports) if args.exports else exports.default_lines()
+    if args.keep_log_mib < 1:
+        raise UserError(f"--keep-log-mib {args.keep_log_mib}: must be at least 1")
     healing = HealingConfig(
         disconnect_delay_s=args.disconnect_delay, orphan_delay_s=args.orphan_delay
     )
     return MasterConfig(
         name, peers, args.data, args.listen, args.replace or args.join, tuple(lines),
-        healing,
+        healing, checkpoint_limits(args.keep_log_mib * MIB),
     )
 
 

@@ -61,6 +61,15 @@ def _chunkserver_address(name: str) -> str:
     return f"{host}:{int(port) + CHUNKSERVERS}"
 
 
+def checkpoint_limits(kept_log_bytes: int) -> CheckpointLimits:
+    """What is kept of the log: all of it for learners, a small part of it for other masters, which
+    are brought up to date by a snapshot sooner than by an hour's entries.
+    """
+    usual = CheckpointLimits()
+    tail_bytes = min(usual.tail_bytes, kept_log_bytes // 16)
+    return usual._replace(tail_bytes=tail_bytes, kept_bytes=kept_log_bytes)
+
+
 def parse_peer(item: str) -> str:
     """`host` or `host:port` as `host:port`. UserError if it is neither."""
     host, colon, port = item.strip().rpartition(":")

@@ -37,8 +37,8 @@ from raftfs.wire.ops import Record, decode_batch
 
 log = structlog.get_logger("raftfs.store")
 
-_FORMAT = 1
-_APPLIED_KEY = b"\0applied"  # sorts before every table; no row of the state, no part of the digest
+FORMAT = 1
+APPLIED_KEY = b"\0applied"  # sorts before every table; no row of the state, no part of the digest
 # Address space, not disk or memory: the file grows as it needs, and the map need never be moved
 # (which LMDB allows only while no reader looks at it).
 _MAP_SIZE = 1 << 40
@@ -62,9 +62,13 @@ class AppliedRow(Record):
 class MetaStore:
     """The state of one replica: implements `Rows` and what the replica drives (`Machine`)."""
 
-    def __init__(self, path: Path, *, cache_rows: int = 200_000) -> None:
+    def __init__(
+        self, path: Path, *, cache_rows: int = 200_000, durable: bool = True
+    ) -> None:
+        """`durable` False: checkpoints are not synced; for a state that nobody will miss."""
         self._path = path
         self._cache_rows = cache_rows
+        self._durable = durable
         self._trash = Trash()
         self._cache = RowCache(cache_rows, self._trash)
         # Held by threads that work with the file, so that it is not closed under their hands.
@@ -82,7 +86,7 @@ class MetaStore:
             # copy for a follower, which may outlast several checkpoints, has still to read.
             self._env = lmdb.open(
                 str(self._path), subdir=False, map_size=_MAP_SIZE, readahead=False, lock=True,
-                metasync=True, sync=True, max_readers=16, mode=0o600,
+                metasync=self._durable, sync=self._durable, max_readers=16, mode=0o600,
             )  # fmt: skip
         except (lmdb.Error, OSError) as e:
             raise UserError(f"metadata file {self._path} cannot be opened: {e}") from None
@@ -97,13 +101,13 @@ class MetaStore:
         self._snapshot()
         reader: Any = self._reader
         try:
-            raw = reader.get(_APPLIED_KEY)
+            raw = reader.get(APPLIED_KEY)
             row = msgspec.msgpack.decode(raw, type=AppliedRow) if raw else _new_applied()
         except (lmdb.Error, msgspec.MsgspecError) as e:
             raise UserError(f"metadata file {self._path} is damaged: {e}") from None
-        if row.format != _FORMAT:
+        if row.format != FORMAT:
             raise UserError(
-                f"metadata file {self._path} has format {row.format}, this program reads {_FORMAT}"
+                f"metadata file {self._path} has format {row.format}, this program reads {FORMAT}"
             )
         if not raw and self._env.stat()["entries"]:
             raise UserError(f"metadata file {self._path} is damaged: it does not say its index")
@@ -257,8 +261,8 @@ class MetaStore:
                 if new != old:
                     total = digest.change(total, key, old, new)
                     self._audit.changed(key, old, new)
-            applied = AppliedRow(_FORMAT, *self.freezing, digest.to_bytes(total))
-            txn.put(_APPLIED_KEY, msgspec.msgpack.encode(applied))
+            applied = AppliedRow(FORMAT, *self.freezing, digest.to_bytes(total))
+            txn.put(APPLIED_KEY, msgspec.msgpack.encode(applied))
         self._frozen_digest = total
 
     def thaw(self) -> None:
@@ -298,7 +302,7 @@ class MetaStore:
         try:
             with self._in_use, self._env.begin() as txn:
                 audit, more = self._audit, self._audit_rows(txn)
-                raw = txn.get(_APPLIED_KEY)
+                raw = txn.get(APPLIED_KEY)
                 if more or raw is None:  # None: no checkpoint yet
                     return 0
                 self._audit = Audit()
@@ -316,7 +320,7 @@ class MetaStore:
             for _ in range(_AUDIT_ROWS):
                 if not found:
                     return False
-                if cursor.key() != _APPLIED_KEY:
+                if cursor.key() != APPLIED_KEY:
                     self._audit.count(cursor.key(), cursor.value())
                 found = cursor.next()
         return bool(found)
@@ -360,7 +364,7 @@ def _sorted_in_slices(keys: list[bytes]) -> Iterator[bytes]:
 
 
 def _new_applied() -> AppliedRow:
-    return AppliedRow(_FORMAT, 0, 0, digest.to_bytes(digest.EMPTY))
+    return AppliedRow(FORMAT, 0, 0, digest.to_bytes(digest.EMPTY))
 
 
 def check_whole(path: Path) -> None:
@@ -389,15 +393,20 @@ def check_whole(path: Path) -> None:
 
 def file_index(path: Path) -> tuple[int, int]:
     """Index and term of a state file. UserError if it is none."""
+    row = file_applied(path)
+    return row.index, row.term
+
+
+def file_applied(path: Path) -> AppliedRow:
+    """Up to where a state file has the log. UserError if it is none."""
     try:
         check_whole(path)
         env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, create=False)
         try:
             with env.begin() as txn:
-                raw = txn.get(_APPLIED_KEY)
+                raw = txn.get(APPLIED_KEY)
         finally:
             env.close()
-        row = msgspec.msgpack.decode(raw or b"", type=AppliedRow)
-    except (lmdb.Error, msgspec.MsgspecError) as e:
+        return msgspec.msgpack.decode(raw or b"", type=AppliedRow)
+    except (lmdb.Error, msgspec.MsgspecError, OSError) as e:
         raise UserError(f"{path} is no metadata file: {e}") from None
-    return row.index, row.term

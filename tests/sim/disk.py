@@ -87,6 +87,11 @@ class Disk(Files):
         self._new.clear()
         self._removed.clear()
 
+    def replace(self, path: Path, data: bytes) -> None:
+        """All of it, or nothing."""
+        self._changing()
+        self._content[path.name] = bytearray(data)
+
     def unlink(self, path: Path) -> None:
         """Gone, unless the power goes before the folder is synced."""
         self._removed.append((path.name, self._content.pop(path.name)))

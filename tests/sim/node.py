@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SEGMENT = 6_000
 _CHECKPOINTS = CheckpointLimits(
-    rows=25, every_s=1.0, quiet_s=0.4, tail_entries=10, tail_bytes=2_000
+    rows=25, every_s=1.0, quiet_s=0.4, tail_entries=10, tail_bytes=2_000, kept_bytes=4 * SEGMENT
 )
 _HEALING = HealingConfig(
     start_delay_s=0.5, endangered_delay_s=0.4, disconnect_delay_s=1.0, orphan_delay_s=3.0,

@@ -29,6 +29,7 @@ class CheckpointLimits(NamedTuple):
     memory_bytes: int = 64 << 20  # of entries that are in memory until a checkpoint has them
     tail_entries: int = 100_000  # kept on the disk for followers that lag
     tail_bytes: int = 64 << 20
+    kept_bytes: int = 0  # kept behind that, for learners that were away
 
 
 class Freezing(Protocol):
@@ -179,7 +180,8 @@ class Checkpoints:
             self._made_at = self._loop.time()
             self._tell(*self._machine.digests[-1])
             needed = self._journal.compact(
-                self._machine.checkpointed[0], self._limits.tail_entries, self._limits.tail_bytes
+                self._machine.checkpointed[0], self._limits.tail_entries, self._limits.tail_bytes,
+                self._limits.kept_bytes,
             )
             await asyncio.to_thread(self._journal.unlink_before, needed)
         except asyncio.CancelledError:

@@ -13,7 +13,8 @@ missed. An error of a write or sync is final (`JournalError`): the kernel may ha
 the dirty pages, so trying again could report a durability that does not exist.
 
 Entries stay in memory until a checkpoint has them (`compact`); behind it a tail stays on the disk
-for followers that lag, and is read from there.
+for followers that lag, and is read from there. Behind the tail whole segments are kept for learners
+that were away (`keptlog.py`); a start does not read those.
 
 Two ways to make things durable: `sync()` at once, in the event loop; or
 
@@ -30,7 +31,8 @@ from typing import Any, NamedTuple
 from pysyncobj.journal import Journal
 
 from raftfs.errors import RaftfsError, UserError, invariant
-from raftfs.meta.raft import segments
+from raftfs.meta.raft import keptlog, segments
+from raftfs.meta.raft.keptlog import KeptLog, KeptSegment
 from raftfs.meta.raft.segments import BLOB_HEAD, RECORD_HEAD, Files, Record
 from raftfs.meta.raft.tail import Place, Tail
 from raftfs.wire.frame import crc32
@@ -64,8 +66,8 @@ class _Written(NamedTuple):
 class DurableJournal(Journal):  # type: ignore[misc]
     """pysyncobj's journal interface over durable segments.
 
-    All methods belong to the event loop, but for `write_taken` and `unlink_before`, which one
-    thread may call meanwhile.
+    All methods belong to the event loop, but for `write_taken`, `unlink_before` and `load_kept`,
+    which threads may call meanwhile.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class DurableJournal(Journal):  # type: ignore[misc]
         self._entries: list[Entry] = []
         self._bytes = 0
         self._tail = Tail()
+        self.kept = KeptLog()
+        self._index_due: bytes | None = None  # to be written before anything is unlinked
         self._term, self._vote = 0, ""
         self._expected: tuple[int, int] | None = None  # a snapshot that is about to be installed
         self._pending: list[Record] = []
@@ -94,6 +98,7 @@ class DurableJournal(Journal):  # type: ignore[misc]
         # What follows is guarded by this lock: a thread may be writing.
         self._disk = threading.Lock()
         self._segments: list[int] = []
+        self._first_blobs: dict[int, int] = {}  # of the segments that are not kept ones
         self._blob_number = 0
         self._handle: Any = None
         self._offset = 0
@@ -109,13 +114,39 @@ class DurableJournal(Journal):  # type: ignore[misc]
     def _recover(self, checkpointed: int) -> None:
         try:
             names = self._files.names(self._folder)
-            for number in sorted(int(n[:-4]) for n in names if n.endswith(".seg")):
-                path = self._path(number)
-                self._replay(number, path, self._files.read(path), checkpointed)
-                self._segments.append(number)
+            numbers = sorted(int(n[:-4]) for n in names if n.endswith(".seg"))
+            if keptlog.FILE_NAME in names:
+                self._recover_kept(numbers, checkpointed)
+            for number in numbers:
+                if number > self.kept.last_segment:
+                    path = self._path(number)
+                    self._replay(number, path, self._files.read(path), checkpointed)
+                if number >= self.kept.first_segment:
+                    self._segments.append(number)
         except OSError as e:
             raise UserError(f"journal {self._folder} cannot be read: {e}") from None
+        if self.kept and self.oldest_behind_kept not in (0, self.kept.end):
+            raise UserError(
+                f"journal {self._folder}: the entries from {self.kept.end} on are missing: "
+                "do not start this replica with it; replace it (raftfs cluster replace)"
+            )
         self.durable_index = self.last_index
+
+    def _recover_kept(self, numbers: list[int], checkpointed: int) -> None:
+        """What kept.idx says need not be replayed; what stands before it was to be unlinked."""
+        data = self._files.read(self._folder / keptlog.FILE_NAME)
+        kept = KeptLog.unpack(data, set(numbers))
+        if kept is None:
+            return
+        kept.cut_to(checkpointed)
+        if not kept:
+            return
+        for number in [n for n in numbers if n < kept.first_segment]:
+            self._files.unlink(self._path(number))
+        following = kept.last_segment + 1
+        if following not in numbers and numbers[-1] > kept.last_segment:
+            raise UserError(f"journal {self._path(following)} is missing: replace this master")
+        self.kept, self._blob_number = kept, kept.end_blob - 1
 
     def _replay(self, segment: int, path: Path, data: bytes, checkpointed: int) -> None:
         at = 0
@@ -126,9 +157,11 @@ class DurableJournal(Journal):  # type: ignore[misc]
             if self._blob_number and number != self._blob_number + 1:
                 raise _damaged(path, at)
             self._blob_number = number
+            self._first_blobs.setdefault(segment, number)
             for record in segments.records(payload, at + BLOB_HEAD):
                 self._replay_record(segment, path, record, checkpointed)
             at += BLOB_HEAD + len(payload)
+        self._first_blobs.setdefault(segment, self._blob_number + 1)
         found = data.find(segments.MAGIC, at + 1)
         while found >= 0:
             if segments.blob_at(data, found) is not None:
@@ -147,7 +180,9 @@ class DurableJournal(Journal):  # type: ignore[misc]
         elif kind == b"B":
             self._begin_anew(index, term)
         elif kind == b"E":
-            if self.last_index and index != self.last_index + 1:
+            # The first one behind the kept log may be one that was cut off afterwards.
+            gap = self.last_index and index != self.last_index + 1
+            if gap or index < self.kept.end:
                 raise UserError(f"journal {path}: entry {index} follows {self.last_index}")
             self._tail.append(index, term, Place(segment, offset, len(data), crc32(data)))
             if index < checkpointed:
@@ -168,6 +203,7 @@ class DurableJournal(Journal):  # type: ignore[misc]
             self._handle = self._files.create(self._path(number), self._segment_bytes)
             self._offset = 0
             self._segments.append(number)
+            self._first_blobs[number] = self._blob_number + 1
             self._files.sync_folder(self._folder)
         except OSError as e:
             raise self._fail(e) from None
@@ -261,6 +297,11 @@ class DurableJournal(Journal):  # type: ignore[misc]
     @property
     def oldest_index(self) -> int:
         """Index of the first entry that is still there, in memory or on the disk."""
+        return self.kept.first or self.oldest_behind_kept
+
+    @property
+    def oldest_behind_kept(self) -> int:
+        """As `oldest_index`, without what is kept only for learners."""
         if not self._entries or not len(self._tail):
             return self._tail.first if len(self._tail) else self.first_index
         return min(self._tail.first, self.first_index)
@@ -283,14 +324,20 @@ class DurableJournal(Journal):  # type: ignore[misc]
         self._entries = [(b"\x01", index, term)]
         self._bytes = 1
         self._tail = Tail()
+        if self.kept:
+            self.kept = KeptLog()
+            self._index_due = self.kept.pack()
 
     def _note(self, kind: bytes, index: int, term: int, data: bytes = b"") -> None:
         self._pending.append(Record(kind, index, term, data))
         self.mark += 1
 
-    def compact(self, index: int, keep_entries: int, keep_bytes: int) -> int:
+    def compact(
+        self, index: int, keep_entries: int, keep_bytes: int, kept_bytes: int = 0
+    ) -> int:
         """A checkpoint has everything up to `index`: keep only that entry and later ones in memory,
-        and a bounded tail before it on the disk. Gives the first segment that is still needed.
+        and a bounded tail before it on the disk, and before that whole segments of about
+        `kept_bytes` in all. Gives the first segment that is still needed.
         """
         index = min(index, self.last_index)
         self.deleteEntriesTo(index - self.first_index)
@@ -301,16 +348,55 @@ class DurableJournal(Journal):  # type: ignore[misc]
             if size > keep_bytes:
                 first = older + 1
                 break
+        needed = self._tail.place(first).segment if self._tail.has(first) else 0
+        most = kept_bytes // self._segment_bytes
+        if most and needed:
+            first = self._tail.start_of(needed)
+            self._keep_before(needed)
         self._tail.drop_before(first)
-        return self._tail.place(first).segment if self._tail.has(first) else 0
+        if self.kept.drop_before(self.kept.beyond(most)):
+            self._index_due = self.kept.pack()
+        return self.kept.first_segment or needed
+
+    def _keep_before(self, needed: int) -> None:
+        """The tail's segments before this one become kept ones."""
+        begin = self._tail.place(self._tail.first).segment
+        if self.kept:
+            begin = self.kept.last_segment + 1
+        for number in range(begin, needed):
+            first, end = self._tail.start_of(number), self._tail.start_of(number + 1)
+            segment = KeptSegment(number, first, self._first_blobs.pop(number))
+            terms = self._tail.terms(first, end)
+            self.kept.add(segment, terms, self._first_blobs[number + 1])
+            self._index_due = self.kept.pack()
+
+    def load_kept(self, number: int) -> keptlog.Loaded | None:
+        """Any thread: a kept segment; None if it is not kept any more. KeptDamaged."""
+        living = self.kept.range_of(number)
+        if living is None:
+            return None
+        try:
+            return keptlog.load(self._files, self._path(number), number, *living)
+        except OSError as e:
+            raise keptlog.KeptDamaged(f"{self._path(number)} cannot be read: {e}") from None
+
+    def forget_kept(self, number: int) -> None:
+        """A kept segment is damaged: it and what stands before it goes with the next compaction."""
+        if self.kept.drop_before(number + 1):
+            self._index_due = self.kept.pack()
+        self.kept.wanted = 0
 
     def unlink_before(self, segment: int) -> None:
         """Any thread: remove segments before this one. JournalError."""
         with self._disk:
             old = [s for s in self._segments[:-1] if s < segment]
             try:
+                due, self._index_due = self._index_due, None
+                if due is not None:  # before the segments that the old one names are gone
+                    self._files.replace(self._folder / keptlog.FILE_NAME, due)
                 for number in old:
                     self._files.unlink(self._path(number))
+                    self._first_blobs.pop(number, None)
                 if old:
                     self._segments = self._segments[len(old) :]
                     self._files.sync_folder(self._folder)
@@ -386,7 +472,10 @@ class DurableJournal(Journal):  # type: ignore[misc]
         """Entries from `index` on, at least one if there is one, of about `max_bytes` in all.
 
         Those before `first_index` are read from the disk. JournalError if they are damaged there.
+        None of the kept log while the segment is not in memory: `kept.wanted` says which.
         """
+        if self.kept.has(index):
+            return self.kept.read(index, max_bytes)
         if index < self.first_index and self._tail.has(index):
             return self._from_disk(index, max_bytes)
         at, size = index - self.first_index, 0
@@ -423,6 +512,8 @@ class DurableJournal(Journal):  # type: ignore[misc]
 
     def term_at(self, index: int) -> int:
         """The term of an entry that is still there (from `oldest_index` on)."""
+        if self.kept.has(index):
+            return self.kept.term(index)
         if index < self.first_index:
             return self._tail.term(index)
         term: int = self._entries[index - self.first_index][2]

@@ -23,6 +23,7 @@ from raftfs.errors import NotLeader, RaftfsError, ReplyError, Status, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints, Freezing
 from raftfs.meta.raft.identity import Identity
 from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.raft.keptlog import KeptDamaged
 from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.messages import (
     CheckpointMade,
@@ -116,6 +117,7 @@ class Replica:
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._loading: asyncio.Task[None] | None = None
         self._all_met = asyncio.Event()
         self._known_role: tuple[bool, int, str] = (False, 0, "")
         self._known_members: dict[str, bytes] = {}
@@ -231,7 +233,7 @@ class Replica:
         self._core = SafeSyncObj(
             self.config.name if self._identity.voter else None, self._others(), self._journal,
             self._links, self._apply, self._offer_snapshot, self.machine.applied[0],
-            self._known_members, _read_change,
+            self._known_members, _read_change, self._wants_history,
         )  # fmt: skip
         self._links.announce()
 
@@ -242,9 +244,10 @@ class Replica:
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._loading] if self._loading is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._links is not None:
             await self._links.stop()
             await self._sender.stop()
@@ -442,6 +445,9 @@ class Replica:
                 self._propose_own(Found(uuid, everybody))
             self._promote_joined(core)
         self._checkpoints.lead(self._propose_own, self.config.name, core.configurations.agree)
+        wanted = self._journal.kept.wanted
+        if wanted and (self._loading is None or self._loading.done()):
+            self._loading = asyncio.ensure_future(self._load_kept(wanted))
 
     def _promote_joined(self, core: SafeSyncObj) -> None:
         for node in core.learners:
@@ -571,7 +577,31 @@ class Replica:
         self._kick()
         await future
 
-    # --- checkpoints and snapshots
+    # --- checkpoints, snapshots and the kept log
+
+    def _wants_history(self, node: Node) -> bool:
+        """A learner that only learns writes down what happened: a snapshot would be a hole."""
+        name, learner, _ = node.id.partition("#")
+        return bool(learner) and self._links is not None and name not in self._links.joining()
+
+    async def _load_kept(self, number: int) -> None:
+        """Bring what a learner lacks into memory, in a thread. Damage there costs the history, and
+        only this master's: its own state has all of it.
+        """
+        journal = self._journal
+        try:
+            loaded = await asyncio.to_thread(journal.load_kept, number)
+        except KeptDamaged as e:
+            log.error("old log damaged: learners that need it will have a hole", reason=str(e))
+            journal.forget_kept(number)
+            return
+        if loaded is None:
+            journal.kept.wanted = 0
+        else:
+            journal.kept.adopt(loaded)
+        if self._core is not None:
+            self._core.heartbeat_due = 0.0
+        self._kick()
 
     def _tell_checkpoint(self, index: int, digest: bytes) -> None:
         core = self._core

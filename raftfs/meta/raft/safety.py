@@ -104,6 +104,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         applied: int = 1,
         members: Members | None = None,
         read_change: Callable[[bytes, Members], Members] | None = None,
+        wants_history: Callable[[Node], bool] = lambda node: False,
     ) -> None:
         """`me` None: a learner.
 
@@ -111,10 +112,13 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         `send_snapshot(node)` is called each heartbeat for a node that needs one. `applied`: the
         index up to which the state machine is already, `members` the voters that it names there.
         `read_change(command, members)`: the voters after a command of kind MEMBERSHIP.
+        `wants_history(node)`: it needs the entries themselves, however long they take; others get a
+        snapshot sooner.
         """
         check_pysyncobj()
         self._apply = apply
         self._send_snapshot = send_snapshot
+        self._wants_history = wants_history
         self._read_change = read_change or (lambda command, members: members)
         self._acks: deque[_WaitingAck] = deque()
         self._reassured_at = 0.0
@@ -413,9 +417,11 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             if m.next_index <= 2 and self._replaces_a_voter(node):
                 self.next_index[node] = 0  # it has nothing: a snapshot is shorter than the log
             self.heartbeat_due = 0.0
-        # Nothing of the log is sent to a node that waits for a snapshot: hurrying would only have
-        # it answer again, and again, for as long as the transfer takes.
-        if self.journal.oldest_index < self.next_index[node] <= self._may_have(node):
+        # A node that waits for a snapshot, or for old entries to be read, gets nothing of the log:
+        # hurrying would only have it answer again, and again, for as long as that takes.
+        at = self.next_index[node]
+        waits = self._needs_snapshot(node) or not self.journal.kept.at_hand(at)
+        if at <= self._may_have(node) and not waits:
             self.heartbeat_due = 0.0
 
     def _replaces_a_voter(self, node: Node) -> bool:
@@ -554,11 +560,17 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         for node in self.voters | self.learners:
             if node not in self.connected or node not in self.next_index:
                 continue
-            if self.next_index[node] <= self.journal.oldest_index:
+            if self._needs_snapshot(node):
                 self._transport_.send(node, Contact(self.term, self._round))
                 self._send_snapshot(node)
             else:
                 self._send_entries(node)
+
+    def _needs_snapshot(self, node: Node) -> bool:
+        """Whether what it lacks is not there any more, or would take longer than a snapshot."""
+        if self._wants_history(node):
+            return bool(self.next_index[node] <= self.journal.oldest_index)
+        return bool(self.next_index[node] <= self.journal.oldest_behind_kept)
 
     def _send_entries(self, node: Node) -> None:
         last = self._may_have(node)

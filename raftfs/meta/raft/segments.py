@@ -72,6 +72,18 @@ class Files:
         finally:
             os.close(fd)
 
+    def replace(self, path: Path, data: bytes) -> None:
+        """A small file with this content instead of the old one, durably; never a part of it."""
+        new = path.with_suffix(".new")
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            self.write(fd, data, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(new, path)
+        self.sync_folder(path.parent)
+
     def unlink(self, path: Path) -> None:
         """Remove a file."""
         os.unlink(path)

@@ -5,6 +5,7 @@ them. Indexes are those of Raft. Not thread-safe.
 """
 
 from array import array
+from bisect import bisect_left
 from typing import NamedTuple
 
 from raftfs.errors import invariant
@@ -72,10 +73,18 @@ class Tail:
         """Term of an entry that is known here."""
         return self._terms[index - self.first]
 
+    def terms(self, first: int, end: int) -> "array[int]":
+        """Terms of the entries `first` to `end - 1`, which are known here."""
+        return self._terms[first - self.first : end - self.first]
+
     def place(self, index: int) -> Place:
         """Place of an entry that is known here."""
         at = index - self.first
         return Place(self._segments[at], self._offsets[at], self._lengths[at], self._crcs[at])
+
+    def start_of(self, segment: int) -> int:
+        """Index of the first entry that lies in this segment or a later one."""
+        return self.first + bisect_left(self._segments, segment)
 
     def length(self, index: int) -> int:
         """Bytes of an entry that is known here."""

@@ -61,6 +61,13 @@ class FakeFiles(Files):
         self._call()
         self.names_durable = set(self.content)
 
+    def replace(self, path: Path, data: bytes) -> None:
+        """All of it, or nothing."""
+        self._call()
+        self.content[path.name] = bytearray(data)
+        self.durable[path.name] = data
+        self.names_durable.add(path.name)
+
     def unlink(self, path: Path) -> None:
         """Gone at once (the worst case: the folder need not be synced for it)."""
         self._call()

@@ -334,3 +334,43 @@ def test_another_pysyncobj_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(audited._AUDITED, "syncobj.py", "0" * 64)
     with pytest.raises(UserError, match=r"pysyncobj==0\.3\.17"):
         audited.check_pysyncobj()
+
+
+def test_a_learner_gets_old_entries_where_a_voter_gets_a_snapshot(
+    monkeypatch: pytest.MonkeyPatch, bench: Bench
+) -> None:
+    """Both are as far behind as the log that is kept for learners begins."""
+    bench.lead()
+    core, journal = bench.core, bench.journal
+    journal._segment_bytes = 600
+    for number in range(100):
+        core.propose(b"command %d" % number, lambda result, error: None)
+        journal.sync()
+    bench.acknowledge()
+    assert len(bench.applied) > 100
+    journal.unlink_before(journal.compact(journal.last_index, 2, 1_000, 100 * 600))
+    assert journal.oldest_index == 1 and journal.oldest_behind_kept > 3
+    learner, snapshots = Node("metalogger#00"), list[Node]()
+    monkeypatch.setattr(core, "_send_snapshot", snapshots.append)
+    monkeypatch.setattr(core, "_wants_history", lambda node: node == learner)
+    bench.wire._onReadonlyNodeConnected(learner)
+    for node in (B, learner):
+        core.match_index[node], core.next_index[node] = 1, 3
+
+    def sent_to_learner() -> list[Append]:
+        bench.wire.sent.clear()
+        core.replicate()
+        return [m for n, m in bench.wire.sent if n == learner.id and isinstance(m, Append)]
+
+    (empty,) = sent_to_learner()
+    assert snapshots == [B]
+    assert empty.entries == [] and not journal.kept.at_hand(3), "the loop must not read the disk"
+    core.heartbeat_due = 2e9
+    core.receive(learner, Ack(core.term, core._round, 3, True, False))
+    assert core.heartbeat_due == 2e9, "there is nothing to send before the segment is there"
+    loaded = journal.load_kept(journal.kept.wanted)
+    assert loaded is not None
+    journal.kept.adopt(loaded)
+    sent = [e for m in sent_to_learner() for e in m.entries]
+    assert sent and [e[1] for e in sent] == list(range(3, 3 + len(sent)))
+    assert sent[-1][0].startswith(b"\x00command ")
