@@ -130,18 +130,24 @@ def test_random_damage_is_mended(tmp_path: Path, seed: int) -> None:
     assert mend(rows) == []
 
 
+def unsound(history: History, folder: Path) -> Path:
+    """An image of the history in which the entry b"orphan to be" of the root is missing."""
+    history.image(folder / "sound")
+    edge = model.edge_key(1, b"orphan to be")
+    rows = [(key, raw) for key, raw in image.read_rows(folder / "sound") if key != edge]
+    statefile.build(folder / "bad.mdb", rows, 9, 1)
+    image.write_image(folder / "bad.mdb", folder / "bad")
+    return folder / "bad"
+
+
 def test_a_restore_refuses_what_is_not_sound_unless_it_may_mend(tmp_path: Path) -> None:
     history = History(tmp_path, 1)
     history.go_on(40)
     inode = history.write_file(b"orphan to be")
-    history.image(tmp_path / "i")
-    edge = model.edge_key(1, b"orphan to be")
-    rows = [(k, raw) for k, raw in image.read_rows(tmp_path / "i") if k != edge]
-    statefile.build(tmp_path / "bad.mdb", rows, 9, 1)
-    image.write_image(tmp_path / "bad.mdb", tmp_path / "bad")
+    bad = unsound(history, tmp_path)
     with pytest.raises(RestoreError, match=r"not sound: .*-i mends it"):
-        restore(tmp_path / "bad", [], tmp_path / "out")
-    done = restore(tmp_path / "bad", [], tmp_path / "out", ignore_structure=True)
+        restore(bad, [], tmp_path / "out")
+    done = restore(bad, [], tmp_path / "out", ignore_structure=True)
     assert any(f"as orphan-{inode}" in edit for edit in done.mended)
     again = _rows(tmp_path / "out")
     invariants.check_all(again)
