@@ -185,7 +185,7 @@ class Grants:
             if now is None or (now.lock and now.lock_session):
                 return
             verdict = self.verdict(now)
-            if verdict.chosen and not self.awaits_copies(now):
+            if verdict.chosen:
                 await self._raise(0, ask, list(verdict.chosen), verdict.version, unlock=True)
 
     def _is_proven(self, chunk: ChunkRow, good: Iterable[bytes]) -> bool:

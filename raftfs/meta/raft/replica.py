@@ -282,7 +282,9 @@ class Replica:
             return Refused(f"master {peer.name} is not one of {masters}")
         known = self._known().get(peer.name)
         if known is None:
-            if peer.origin != self._identity.origin:
+            # Of those who found a cluster together; whoever joins later gets a snapshot.
+            founding = self._identity.voter and not self._known_members
+            if founding and peer.origin != self._identity.origin:
                 return Refused(_other_origin(peer, self._identity))
             self._identity.learn(peer.name, peer.uuid)
             known = peer.uuid

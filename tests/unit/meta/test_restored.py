@@ -124,6 +124,9 @@ def test_a_newer_copy_that_comes_too_late_is_kept_and_told_of() -> None:
         grants = await world.restore(image)
         grant = await grants.grant(world.session, ask(world, acked=True))
         assert world.write(grant) == [] and world.finish(grant) == 0
+        grants = await world.elect()
+        again = await grants.grant(world.session, ask(world, acked=True))
+        assert again.version > grant.version and world.finish(again) == 0
         world.restart(late)
         world.report()
         row = world.chunk(chunk)
