@@ -30,7 +30,7 @@ from raftfs.meta.state.reseed import JUMP, reseeded
 
 log = structlog.get_logger("raftfs.bootstrap")
 
-_CHANGING = b"CZP"  # tables whose rows change; all others are taken over as they are stored
+_CHANGING = b"CLPZ"  # tables whose rows change; all others are taken over as they are stored
 
 
 def bootstrap(path: Path, folder: Path, name: str) -> bytes:
@@ -80,7 +80,7 @@ def _rows(path: Path) -> Iterator[tuple[bytes, bytes]]:
         if key[0] not in _CHANGING:
             yield key, raw
             continue
-        row = reseeded(msgspec.msgpack.decode(raw, type=TABLES[key[0]]))
+        row = reseeded(key, msgspec.msgpack.decode(raw, type=TABLES[key[0]]))
         if row is not None:
             yield key, encode_row(row)
 

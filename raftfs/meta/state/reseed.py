@@ -17,10 +17,12 @@ JUMP = 2**40
 VERSION_JUMP = 2**20
 
 
-def reseeded(row: Row) -> Row | None:
-    """The row in the new cluster, None if it is not taken over."""
+def reseeded(key: bytes, row: Row) -> Row | None:
+    """The row at `key` in the new cluster, None if it is not taken over."""
     if isinstance(row, MemberRow):
         return None  # founding the new cluster names its masters
+    if key[:1] == b"L":
+        return None  # see below
     if isinstance(row, Counters):
         return replace(
             row, next_inode=row.next_inode + JUMP, next_chunk=row.next_chunk + JUMP,
@@ -29,5 +31,9 @@ def reseeded(row: Row) -> Row | None:
         )  # fmt: skip
     if isinstance(row, ChunkRow):
         last = max(row.version, row.reserved) + VERSION_JUMP
-        return replace(row, reserved=last, restored=last, settled=0)
+        # A mount that lives may have given the lock back in the forgotten time, and would never
+        # do so again; one that still writes is refused, and asks for a new grant.
+        return replace(
+            row, reserved=last, restored=last, settled=0, lock=0, lock_session=0, lock_time=0
+        )
     return row

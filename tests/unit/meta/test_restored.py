@@ -1,6 +1,7 @@
 """After a restore: metadata of an earlier moment, and copies of chunks that know more."""
 
 import asyncio
+import errno
 import random
 from typing import Any
 
@@ -12,7 +13,7 @@ from raftfs.meta.grants import Grants
 from raftfs.meta.healer import Healer, HealingConfig
 from raftfs.meta.state import invariants, read
 from raftfs.meta.state.dictrows import DictRows
-from raftfs.meta.state.model import ChunkRow, Row
+from raftfs.meta.state.model import ChunkRow, Row, chunk_key
 from raftfs.meta.state.reseed import JUMP, VERSION_JUMP, reseeded
 from raftfs.wire import messages as m
 from raftfs.wire import ops
@@ -34,7 +35,7 @@ class Restorable(Recorded):
         """All masters are lost; new ones begin with the image. Who is up reports to them."""
         self.rows = DictRows()
         for key, row in image.items():
-            new = reseeded(row)
+            new = reseeded(key, row)
             if new is not None:
                 self.rows.put(key, new)
         invariants.check_all(self.rows)
@@ -164,8 +165,8 @@ def test_a_copy_that_was_stale_before_the_image_goes_as_always() -> None:
 
 
 def test_what_was_doomed_or_unborn_in_the_image_may_have_been_written_since() -> None:
-    """The image is of the moment after a grant; its session is gone, so the new masters end the
-    grant, and the chunk with it. The copies with the acknowledged bytes are kept for the delay.
+    """The image is of the moment after a grant. When the file goes, the copies with bytes that were
+    acknowledged later are kept for the delay.
     """
 
     async def story() -> None:
@@ -175,6 +176,8 @@ def test_what_was_doomed_or_unborn_in_the_image_may_have_been_written_since() ->
         image = world.remember()
         assert world.write(grant) == [] and world.finish(grant) == 0
         await world.restore(image)
+        assert world.chunk(grant.chunk).lock == 0 and not world.chunk(grant.chunk).born
+        world.apply(0, 0, ops.Unlink(1, b"f"))
         world.apply(0, 0, ops.EndSession(world.session))
         assert read.doomed(world.rows, 0, 9) == [grant.chunk]
         config = HealingConfig(0.0, 0.0, 0.0, orphan_delay_s=0.6, sweep_every_s=0.1)
@@ -239,12 +242,30 @@ def test_numbers_of_the_lost_masters_are_never_used_again() -> None:
 
 def test_versions_go_beyond_what_any_copy_can_have() -> None:
     row = ChunkRow(7, 3, 5, 1, 2, 0, 0, 0, True, 1, 0)
-    once = reseeded(row)
+    key = chunk_key(7)
+    once = reseeded(key, row)
     assert isinstance(once, ChunkRow)
     assert (once.version, once.reserved, once.restored) == (3, 5 + VERSION_JUMP, 5 + VERSION_JUMP)
-    twice = reseeded(once)
+    twice = reseeded(key, once)
     assert isinstance(twice, ChunkRow)
     assert twice.version == 3 and twice.restored == 5 + 2 * VERSION_JUMP
+
+
+def test_locks_of_the_lost_time_do_not_stay() -> None:
+    """The mount gave its lock back after the image; nobody would ever give it back again."""
+
+    async def story() -> None:
+        world = Restorable(servers=3, goal=2)
+        grants = await world.elect()
+        grant = await grants.grant(world.session, ask(world))
+        image = world.remember()
+        assert world.write(grant) == [] and world.finish(grant) == 0
+        grants = await world.restore(image)
+        other = await grants.grant(world.new_session(), ask(world))
+        assert other.chunk == grant.chunk and other.version > grant.version
+        assert world.finish(grant) == errno.ESTALE, "the old grant is no grant"
+
+    run(story())
 
 
 async def torture(seed: int) -> int:
