@@ -36,6 +36,8 @@ _AUDIT_PAUSE_S = 0.02  # between slices of a millisecond
 
 # A master's ports, counted from its Raft port (its item in --peers, by default 9418).
 CHUNKSERVERS, CLIENTS = 2, 3
+# After a bootstrap, for chunkservers to come back whose copies may be newer than the metadata.
+_PATIENCE_S = 60.0
 
 
 class MasterConfig(NamedTuple):
@@ -49,6 +51,7 @@ class MasterConfig(NamedTuple):
     export_lines: tuple[exports.ExportLine, ...] = ()
     healing: HealingConfig = HealingConfig()
     checkpoints: CheckpointLimits = CheckpointLimits()
+    bootstrapped: bool = False  # just now, in this process
 
     @property
     def port(self) -> int:
@@ -98,6 +101,7 @@ class Master:
             ReplicaConfig(
                 name=config.name, peers=config.peers, data_dir=config.data_dir,
                 join=config.join, checkpoints=config.checkpoints,
+                cluster=read.totals(self.store).cluster,
             ),
             self.store,
             key,
@@ -110,7 +114,10 @@ class Master:
             on_change=lambda chunks: self.healer.examine(chunks),
             masters=lambda: [_chunkserver_address(name) for name in self.replica.members],
         )
-        self.grants = Grants(self.store, self.hub, self.proposer, lambda: self.replica.term)
+        self.grants = Grants(
+            self.store, self.hub, self.proposer, lambda: self.replica.term,
+            patience_s=_PATIENCE_S if config.bootstrapped else 0.0,
+        )  # fmt: skip
         self.healer = Healer(self.store, self.hub, self.grants, self.proposer, config.healing)
         self.service = ClientService(
             self.store, self.replica, self.proposer, self.grants, self.healer,
