@@ -69,6 +69,7 @@ class ClientService:
         self._key = key
         self._challenges: dict[Link, bytes] = {}
         self._links: set[Link] = set()
+        self._founded = False
         self.presence = Presence()
         self._anyone: dict[type, Callable[[Link, Any], Any]] = {
             m.WhoLeads: lambda link, ask: self.leader(),
@@ -112,7 +113,7 @@ class ClientService:
     def leader(self) -> m.Leader:
         """Who leads, as far as this replica knows; names no one before it can serve."""
         name = self._replica.leader
-        if name == self._replica.config.name and not self._replica.is_leader:
+        if name == self._replica.config.name and not self._serves():
             name = ""
         host, _, port = name.rpartition(":")
         clients = f"{host}:{int(port) + 3}" if name else ""
@@ -129,7 +130,7 @@ class ClientService:
         kind = type(ask)
         if kind in self._anyone:
             return self._anyone[kind](link, ask)
-        if not self._replica.is_leader:
+        if not self._serves():
             raise self._not_leader()
         if kind is m.Register:
             return self._led(self._register(link, cast(m.Register, ask)))
@@ -140,6 +141,11 @@ class ClientService:
         if kind in self._reads:
             return self._read(link, ask)
         return self._led(self._writes[kind](link, ask))
+
+    def _serves(self) -> bool:
+        """Leads, and the cluster is founded: a new one has no root directory for a moment."""
+        self._founded = self._founded or bool(read.totals(self._rows).cluster)
+        return self._founded and self._replica.is_leader
 
     def _not_leader(self) -> ReplyError:
         return ReplyError(Status.NOT_LEADER, encode(self.leader()))
