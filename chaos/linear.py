@@ -51,11 +51,13 @@ class Operation:
     unlink   (dir, name)                        None
     rmdir    (dir, name)                        None
     rename   (dir, name, new dir, new name)     None
+    move     the same, never replacing          None
     link     (inode, dir, name)                 None
     lookup   (dir, name)                        `Found`
     list     (dir,)                             frozenset of (name, inode, kind)
 
-    `error` is "" for success, else the errno's name. `returned` of infinity: nobody knows.
+    `error` is "" for success, else the errno's name. `returned` of infinity: nobody knows whether
+    and when it took effect, whatever `error` says.
     """
 
     client: str
@@ -74,11 +76,11 @@ class Operation:
     @property
     def idle(self) -> bool:
         """Whether it changes nothing, so that it only has to agree with the tree."""
-        return bool(self.error) or self.what in READS
+        return self.what in READS or (bool(self.error) and not self.unknown)
 
     def __str__(self) -> str:
         if self.unknown:
-            outcome = "?"
+            outcome = self.error or "?"
         else:
             outcome = self.error or ("ok" if self.value is None else str(self.value))
         return (f"{self.client}: {self.what}{self.where} -> {outcome} "
@@ -147,6 +149,15 @@ def _rename(tree: Tree, roots: frozenset[Any], op: Operation) -> Outcome:
     return "", None, {**{p: n for p, n in tree.items() if p != source}, target: node}
 
 
+def _move(tree: Tree, roots: frozenset[Any], op: Operation) -> Outcome:
+    source, target = op.where[:2], op.where[2:]
+    refusals = ["EEXIST"] * (target in tree) + ["ENOENT"] * (source not in tree)
+    if refusals:  # the kernel may find either first
+        return (op.error if op.error in refusals else refusals[0]), None, tree
+    moved = {place: node for place, node in tree.items() if place != source}
+    return "", None, {**moved, target: tree[source]}
+
+
 def _link(tree: Tree, roots: frozenset[Any], op: Operation) -> Outcome:
     inode, directory, name = op.where
     if Node(inode, "file") not in tree.values() or not _is_dir(tree, roots, directory):
@@ -173,7 +184,8 @@ def _list(tree: Tree, roots: frozenset[Any], op: Operation) -> Outcome:
 
 _MODEL: dict[str, Callable[[Tree, frozenset[Any], Operation], Outcome]] = {
     "create": _make("file"), "mkdir": _make("dir"), "unlink": _remove("file"),
-    "rmdir": _remove("dir"), "rename": _rename, "link": _link, "lookup": _lookup, "list": _list,
+    "rmdir": _remove("dir"), "rename": _rename, "move": _move, "link": _link, "lookup": _lookup,
+    "list": _list,
 }  # fmt: skip
 
 
@@ -357,7 +369,7 @@ def tokens(op: Operation) -> list[Any]:
     """The directories and inodes that an operation has to do with; a directory comes first."""
     if op.what == "link":
         found = [op.where[1], op.where[0]]
-    elif op.what == "rename":
+    elif op.what in ("rename", "move"):
         found = [op.where[0], op.where[2]]
     else:
         found = [op.where[0]]

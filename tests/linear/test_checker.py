@@ -106,6 +106,13 @@ GOOD = {
         op("q", "list", "a", 3, 4, seen(("x", 7, FILE))),
         op("q", "list", "a", 5, 6, seen(("y", 7, FILE))),
     ],
+    "a move may be refused for either name": [
+        op("p", "create", "a/x", 0, 1, 7),
+        op("p", "move", "a/y/a/x", 2, 3, "EEXIST"),
+        op("p", "move", "a/y/a/x", 4, 5, "ENOENT"),
+        op("p", "move", "a/x/b/x", 6, 7),
+        op("p", "lookup", "b/x", 8, 9, Found(7, FILE, 1)),
+    ],
     "a number that nobody heard equals any": [
         op("p", "mkdir", "a/d", 0, 1, 0),
         op("q", "lookup", "a/d", 2, 3, Found(5, DIR)),
@@ -154,6 +161,11 @@ BAD = {
         op("p", "rename", "a/x/b/y", 2, 10),
         op("q", "lookup", "b/y", 3, 4, Found(7, FILE)),
         op("q", "lookup", "a/x", 5, 6, Found(7, FILE)),
+    ],
+    "a move that replaced": [
+        op("p", "create", "a/x", 0, 1, 7),
+        op("p", "create", "a/y", 2, 3, 8),
+        op("p", "move", "a/x/a/y", 4, 5),
     ],
     "a listing with the file under both names": [
         op("p", "create", "a/x", 0, 1, 7),
