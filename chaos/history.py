@@ -13,9 +13,9 @@ clients do only what can be explained by one request, whatever happens between i
               of old and new name find one file, it has nothing to do, and two clients that rename
               alike may both succeed
 
-Directories move only within their parent (the kernel may refuse others by chance, ESTALE) and their
-inodes are not compared. A `link` that the kernel refuses with ENOENT says nothing: it trusts its own
-count of links. The mounts must not let the kernel keep names (mfsentrycacheto=0,
+Directories move only within their parent (the kernel may refuse others by chance, ESTALE), and
+their inodes are not compared. A `link` that the kernel refuses with ENOENT says nothing: it trusts
+its own count of links. The mounts must not let the kernel keep names (mfsentrycacheto=0,
 mfsdirentrycacheto=0), else the history is that of the kernel's cache.
 """
 
@@ -32,7 +32,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
-from chaos.linear import Found, Operation
+from chaos.linear import READS, Found, Operation
 
 DIRECTORIES = ("one", "two", "three")
 FILES, DIRS, LINKS = ("f0", "f1", "f2"), ("d0", "d1"), ("l0", "l1")
@@ -46,11 +46,14 @@ _WEIGHTS = {
 
 
 class _Client:
-    """One client in its own process."""
+    """One client in its own process, on a mount; with `weights` it chooses among its operations."""
 
-    def __init__(self, root: Path, name: str, seed: int, record: Path) -> None:
+    def __init__(
+        self, root: Path, name: str, weights: dict[str, int], seed: int, record: Path
+    ) -> None:
         self._root = root
         self._name = name
+        self._weights = weights
         self._chance = random.Random(f"{seed}/{name}")
         self._record = open(record, "a", buffering=1, encoding="ascii")  # noqa: SIM115
         # With a descriptor of its folder, os.link follows /proc/self/fd/N to the open file.
@@ -60,7 +63,7 @@ class _Client:
     def work(self, stop: Event) -> None:
         """One random operation after the other."""
         while not stop.is_set():
-            what = self._chance.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+            what = self._chance.choices(list(self._weights), list(self._weights.values()))[0]
             getattr(self, f"_{what}")()
             time.sleep(self._chance.uniform(0, 2 * _PAUSE_S))
         self._record.close()
@@ -116,10 +119,10 @@ class _Client:
         self._do("rmdir", place, lambda: os.rmdir(self._path(place)))
 
     def _rename(self) -> None:
-        new = (self._chance.choice(DIRECTORIES), f"t-{self._name}")
-        place = self._place(*FILES)
-        if self._make(new):
-            self._do("rename", (*new, *place), lambda: os.rename(self._path(new), self._path(place)))
+        own = (self._chance.choice(DIRECTORIES), f"t-{self._name}")
+        new = self._place(*FILES)
+        if self._make(own):
+            self._do("rename", (*own, *new), lambda: os.rename(self._path(own), self._path(new)))
 
     def _move(self) -> None:
         if self._chance.random() < 0.7:
@@ -130,19 +133,23 @@ class _Client:
         self._do("move", (*old, *new), lambda: _move(self._path(old), self._path(new)))
 
     def _lookup(self) -> None:
-        for fd, _ in self._found(self._place(*FILES, *DIRS, *LINKS)):
-            os.close(fd)
+        found = self._look(self._place(*FILES, *DIRS, *LINKS))
+        if found is not None:
+            os.close(found[0])
 
     def _link(self) -> None:
         place = self._place(*LINKS)
-        for fd, inode in self._found(self._place(*FILES)):
-            try:
-                self._do("link", (inode, *place),
-                         lambda: os.link(str(fd), self._path(place), src_dir_fd=self._mine))
-            finally:
-                os.close(fd)
+        found = self._look(self._place(*FILES))
+        if found is None:
+            return
+        fd, inode = found
+        try:
+            self._do("link", (inode, *place),
+                     lambda: os.link(str(fd), self._path(place), src_dir_fd=self._mine))
+        finally:
+            os.close(fd)
 
-    def _found(self, place: tuple[str, str]) -> Iterator[tuple[int, int]]:
+    def _look(self, place: tuple[str, str]) -> tuple[int, int] | None:
         """Look a name up; an open descriptor and its inode if it is there."""
         opened: list[int] = []
 
@@ -153,8 +160,11 @@ class _Client:
             return os.fstat(opened[0]).st_ino, "file"
 
         found = self._do("lookup", place, look)
-        if found:
-            yield opened[0], found[0]
+        if found is None:
+            for fd in opened:
+                os.close(fd)
+            return None
+        return opened[0], found[0]
 
     def _list(self) -> None:
         place = (self._chance.choice(DIRECTORIES),)
@@ -177,25 +187,34 @@ def _move(old: str, new: str) -> None:
         raise OSError(ctypes.get_errno(), "rename refused", old)
 
 
-def _work(root: Path, name: str, seed: int, record: Path, stop: Event) -> None:
-    _Client(root, name, seed, record).work(stop)
+def _work(
+    root: Path, name: str, weights: dict[str, int], seed: int, record: Path, stop: Event
+) -> None:
+    _Client(root, name, weights, seed, record).work(stop)
 
 
 class Clients:
-    """Several clients on each of several mounts."""
+    """Several clients on each of several mounts; on those of `readers` they only look.
 
-    def __init__(self, mounts: dict[str, Path], records: Path, each: int, seed: int) -> None:
+    (A change that waits for an answer makes the kernel hold the directory: nobody on that mount
+    would see a stale answer about it.)
+    """
+
+    def __init__(
+        self, mounts: dict[str, Path], readers: set[str], records: Path, each: int, seed: int
+    ) -> None:
         records.mkdir(parents=True, exist_ok=True)
         self._stop = multiprocessing.Event()
         self.records = []
         self._processes = []
         for mount, root in mounts.items():
+            weights = {w: n for w, n in _WEIGHTS.items() if w in READS or mount not in readers}
             for number in range(each):
                 name = f"{mount}{number}"
                 record = records / f"client-{name}.jsonl"
                 self.records.append(record)
                 self._processes.append(multiprocessing.Process(
-                    target=_work, args=(root, name, seed, record, self._stop), daemon=True
+                    target=_work, args=(root, name, weights, seed, record, self._stop), daemon=True
                 ))  # fmt: skip
 
     def start(self) -> None:
@@ -260,8 +279,12 @@ def strange(history: list[Operation]) -> list[str]:
 
 def longest_stall_s(history: list[Operation], since: float, until: float) -> float:
     """The longest that an operation took which was under way in this time."""
-    return max((op.returned - op.called for op in history
-                if op.called < until and op.returned > since and not op.unknown), default=0.0)  # fmt: skip
+    waits = (
+        op.returned - op.called
+        for op in history
+        if op.called < until and op.returned > since and not op.unknown
+    )
+    return max(waits, default=0.0)
 
 
 def done_between(history: list[Operation], since: float, until: float) -> int:

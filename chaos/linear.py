@@ -152,18 +152,23 @@ def _rename(tree: Tree, roots: frozenset[Any], op: Operation) -> Outcome:
 def _move(tree: Tree, roots: frozenset[Any], op: Operation) -> Outcome:
     source, target = op.where[:2], op.where[2:]
     refusals = ["EEXIST"] * (target in tree) + ["ENOENT"] * (source not in tree)
-    if refusals:  # the kernel may find either first
-        return (op.error if op.error in refusals else refusals[0]), None, tree
+    if refusals:
+        return _any_of(refusals, op), None, tree
     moved = {place: node for place, node in tree.items() if place != source}
     return "", None, {**moved, target: tree[source]}
 
 
+def _any_of(refusals: list[str], op: Operation) -> str:
+    """Of several reasons the one that was heard: whoever looks may find either first."""
+    return op.error if op.error in refusals else refusals[0]
+
+
 def _link(tree: Tree, roots: frozenset[Any], op: Operation) -> Outcome:
     inode, directory, name = op.where
-    if Node(inode, "file") not in tree.values() or not _is_dir(tree, roots, directory):
-        return "ENOENT", None, tree
-    if (directory, name) in tree:
-        return "EEXIST", None, tree
+    there = Node(inode, "file") in tree.values() and _is_dir(tree, roots, directory)
+    refusals = ["EEXIST"] * ((directory, name) in tree) + ["ENOENT"] * (not there)
+    if refusals:
+        return _any_of(refusals, op), None, tree
     return "", None, {**tree, (directory, name): Node(inode, "file")}
 
 

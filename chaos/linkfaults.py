@@ -1,14 +1,17 @@
 """What can be wrong between machines, each as a fault that begins, lasts and ends.
 
 Cuts lose packets (nftables); toxics slow down, cut up and break connections (toxiproxy). `L` is the
-master that leads when the fault begins, `F` and `G` are the others, `a` and `b` the mounts:
+master that leads when the fault begins, `F` and `G` are the others, `a b r` the mounts:
 
     isolated     L | everything             hearsnot    F G -> L lost     heardnot   L -> F G lost
-    clients      L | a b                    followers   L | F G           sides      L a | F G b
+    clients      L | a b r                  followers   L | F G           sides      L r | F G a b
     bridge       L | G, and F sees both     pause       L sleeps (SIGSTOP) for 0.1 to 5 s
 
-`followers` is the trap for stale reads: the deposed leader still hears its clients. A toxic's name
-is TOXIC:FLOW with the flows below, `down:masters`, `down:clients`, or `mix`: four by chance.
+`followers` and `sides` are traps for stale reads: the deposed leader still hears clients, or even
+only it does (and they only read: see `chaos.history.Clients`).
+
+A toxic is called TOXIC:FLOW, with the toxics of `chaos.toxics` and the flows below, each one way
+alone; besides there are `down:masters`, `down:clients`, and `mix`: four toxics by chance.
 """
 
 import itertools
@@ -57,7 +60,7 @@ CUTS: dict[str, Callable[[str], Flows]] = {
     "heardnot": FLOWS["leader>masters"],
     "clients": lambda leader: _both([leader], list(MOUNTS)),
     "followers": lambda leader: _both([leader], _others(leader)),
-    "sides": lambda leader: _both([leader, "a"], [*_others(leader), "b"]),
+    "sides": lambda leader: _both([leader, "r"], [*_others(leader), "a", "b"]),
     "bridge": lambda leader: _both([leader], _others(leader)[1:]),
 }
 # The others cannot but choose another leader. (`bridge`: it may stay, F follows it.)

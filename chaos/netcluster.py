@@ -18,7 +18,7 @@ from chaos.network import Network
 
 MASTERS = ("m1", "m2", "m3")
 CHUNKSERVERS = ("cs1", "cs2")
-MOUNTS = ("a", "b")
+MOUNTS = ("a", "b", "r")
 RAFT, CLIENTS, WEB = 9418, 9421, 9425
 _START_S, _END_S = 40.0, 20.0
 # The kernel may keep attributes for a moment, but asks the mount for every name.
@@ -28,13 +28,13 @@ _MOUNT_OPTIONS = "mfsentrycacheto=0,mfsdirentrycacheto=0,mfsattrcacheto=1"
 class NetCluster:
     """Use as a context: up on entry, down on exit, whatever happens in between.
 
-    `master` is the command that runs a master; it gets the options of `raftfs-master`.
+    `master`: what Python runs as a master; it gets the options of `raftfs-master`.
     """
 
     def __init__(self, folder: Path, network: Network, master: list[str] | None = None) -> None:
         self.folder = folder
         self.network = network
-        self._master = master or [sys.executable, "-m", "raftfs.cli.master"]
+        self._master = [sys.executable, *(master or ["-m", "raftfs.cli.master"])]
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "NetCluster":

@@ -32,6 +32,7 @@ from chaos.network import Network
 from chaos.toxics import Toxics
 from chaos.writers import Writers, acknowledged, errors, longest_pause_s, verify
 
+READERS = {"r"}  # the mount on which nobody changes anything
 _CALM_S = 1.5  # after each fault
 _DIGEST_S = 30.0
 
@@ -57,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--namespaces", action="store_true", help=f"of {','.join(NAMESPACE_FAULTS)}")
     p.add_argument("--faults", help=f"some of these, or of {','.join(TOXIC_FAULTS)}")
     p.add_argument("--clients", type=int, default=3, help="per mount (default: %(default)s)")
-    p.add_argument("--master", type=shlex.split, metavar="COMMAND",
-                   help="run the masters so: does the story find a broken one?")
+    p.add_argument("--master", type=shlex.split, metavar="'-m MODULE ...'",
+                   help="let Python run this as masters: does the story find broken ones?")
     p.add_argument("--keep", action="store_true", help="keep data, records and logs")
     return p  # fmt: skip
 
@@ -90,10 +91,11 @@ def story(args: argparse.Namespace, faults: list[str], folder: Path) -> int:
         for name in (*DIRECTORIES, *MOUNTS):
             (cluster.root("a") / name).mkdir()
         clients = Clients(
-            {m: cluster.root(m) for m in MOUNTS}, folder / "records", args.clients, args.seed
-        )
+            {m: cluster.root(m) for m in MOUNTS}, READERS, folder / "records", args.clients,
+            args.seed,
+        )  # fmt: skip
         writers = [Writers(cluster.root(m) / m, folder / "records" / m, 1, args.seed + n)
-                   for n, m in enumerate(MOUNTS)]  # fmt: skip
+                   for n, m in enumerate(MOUNTS) if m not in READERS]  # fmt: skip
         rows = work(Stage(cluster, poison, chance), args, faults, clients, writers)
         problems = [*clients.crashes(), *(c for w in writers for c in w.crashes())]
         problems += same_digests(cluster)

@@ -44,14 +44,14 @@ def plant() -> None:
 def main() -> int:
     """Run a master until it is stopped."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cut", required=True)
+    parser.add_argument("--cut")
     parser.add_argument("--planted", action="store_true")
-    parser.add_argument("rest", nargs="*")
-    args = parser.parse_args()
-    cut_by(args.cut)
+    args, rest = parser.parse_known_args()
+    if args.cut:
+        cut_by(args.cut)
     if args.planted:
         plant()
-    return master.main(args.rest)
+    return master.main(rest)
 
 
 if __name__ == "__main__":

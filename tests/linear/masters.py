@@ -35,7 +35,7 @@ class Masters:
         peers = ",".join(f"127.0.0.1:{port}" for port in self._ports)
         argv = [
             sys.executable, "-m", "tests.linear.cutmaster", "--cut", str(self._cut(number)),
-            *(["--planted"] if self._planted else []), "--", "--peers", peers, "--name",
+            *(["--planted"] if self._planted else []), "--peers", peers, "--name",
             f"127.0.0.1:{self._ports[number]}", "--listen", "127.0.0.1", "--data",
             str(self.folder / f"m{number}"), "--key", str(self.folder / "cluster.key"),
         ]  # fmt: skip
