@@ -27,7 +27,7 @@ check: setup
 	@.venv/bin/mypy
 
 test: check
-	@for part in test_tidy.py unit model sim chunk cli scenario; do \
+	@for part in test_tidy.py unit model sim chunk cli linear scenario chaos; do \
 		[ -n "$$(find tests/$$part -name 'test_*.py' 2>/dev/null)" ] || continue; \
 		echo "== tests/$$part"; \
 		.venv/bin/python -m pytest -q tests/$$part || exit 1; \

@@ -112,7 +112,7 @@ class ClientService:
     def leader(self) -> m.Leader:
         """Who leads, as far as this replica knows; names no one before it can serve."""
         name = self._replica.leader
-        if name == self._replica.config.name and not self._replica.is_leader:
+        if name == self._replica.config.name and not self._serves():
             name = ""
         host, _, port = name.rpartition(":")
         clients = f"{host}:{int(port) + 3}" if name else ""
@@ -129,7 +129,7 @@ class ClientService:
         kind = type(ask)
         if kind in self._anyone:
             return self._anyone[kind](link, ask)
-        if not self._replica.is_leader:
+        if not self._serves():
             raise self._not_leader()
         if kind is m.Register:
             return self._led(self._register(link, cast(m.Register, ask)))
@@ -140,6 +140,10 @@ class ClientService:
         if kind in self._reads:
             return self._read(link, ask)
         return self._led(self._writes[kind](link, ask))
+
+    def _serves(self) -> bool:
+        """Leads, and the cluster is founded: a new one has no root directory for a moment."""
+        return bool(self._replica.members) and self._replica.is_leader
 
     def _not_leader(self) -> ReplyError:
         return ReplyError(Status.NOT_LEADER, encode(self.leader()))
@@ -178,8 +182,6 @@ class ClientService:
             return registered
         line = self._choose_export(link, ask)
         await self._replica.read_barrier()
-        if not self._replica.members:  # not founded yet: there is no root in the first moment
-            raise ReplyError(Status.BUSY)
         root = self._resolve(ask.path)
         if ask.session:
             row = read.session(self._rows, ask.session)

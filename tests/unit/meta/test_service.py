@@ -1,4 +1,4 @@
-"""Registering with a leader, without any process."""
+"""The masters' service for clients, with a replica that says what the test wants."""
 
 import asyncio
 from types import SimpleNamespace
@@ -6,35 +6,86 @@ from typing import Any
 
 import pytest
 
-import raftfs
 from raftfs.conf import exports
 from raftfs.errors import ReplyError, Status
 from raftfs.meta.service import ClientService
+from raftfs.meta.state import read
+from raftfs.meta.state.apply import apply_batch
 from raftfs.meta.state.dictrows import DictRows
 from raftfs.wire import messages as m
+from raftfs.wire import ops
+from raftfs.wire.auth import ClusterKey
+from raftfs.wire.frame import encode
+from raftfs.wire.ops import Batch, Command
 
 
-class Founding:
-    """A replica that leads; its cluster has no masters yet, so the state is empty."""
+class FakeLink:
+    """A client's connection."""
 
-    members: dict[str, bytes]
+    peer = ("127.0.0.1", 1)
+    context = None
 
     def __init__(self) -> None:
-        self.members = {}
+        self.closed = asyncio.get_running_loop().create_future()
+
+
+class Leader:
+    """A replica that leads, alone."""
+
+    config = SimpleNamespace(name="127.0.0.1:9418")
+    leader = "127.0.0.1:9418"
+    is_leader = True
+    term = 1
+
+    def __init__(self, rows: DictRows) -> None:
+        self._rows = rows
+
+    @property
+    def members(self) -> dict[str, bytes]:
+        """Who votes; nobody before the founding."""
+        return read.members(self._rows)
 
     async def read_barrier(self) -> None:
-        """It leads."""
+        """Nobody else leads."""
 
 
-def test_who_comes_before_the_cluster_is_founded_is_asked_to_come_again() -> None:
-    """The state has no root yet: it was once told, for good, that / does not exist."""
-    stub: Any = SimpleNamespace()
-    founding: Any = Founding()
-    service = ClientService(
-        DictRows(), founding, stub, stub, stub, list(exports.default_lines()), stub, stub, stub
-    )
-    link: Any = SimpleNamespace(peer=("127.0.0.1", 1), context=None)
-    ask = m.Register(m.PROTOCOL, raftfs.__version__, 0, b"s" * 16, b"/", "", b"", False)
-    with pytest.raises(ReplyError) as error:
-        asyncio.run(service._register(link, ask))
-    assert error.value.status == Status.BUSY
+class Proposals:
+    """Every operation is committed at once."""
+
+    def __init__(self, rows: DictRows) -> None:
+        self._rows = rows
+
+    async def commit(self, op: ops.Op) -> bytes:
+        """The value of its result."""
+        batch = Batch(1_000, [Command(0, 0, op)])
+        return bytes(apply_batch(self._rows, 2, batch)[0].result.value)
+
+
+def service(rows: DictRows) -> ClientService:
+    """Everybody may mount."""
+    unused: Any = SimpleNamespace()
+    proposals: Any = Proposals(rows)
+    leader: Any = Leader(rows)
+    return ClientService(
+        rows, leader, proposals, unused, unused, exports.default_lines(), unused, unused,
+        ClusterKey(b"k" * 32),
+    )  # fmt: skip
+
+
+def test_a_client_that_comes_before_the_cluster_is_founded_is_sent_away_for_a_moment() -> None:
+    async def story() -> None:
+        rows = DictRows()
+        clients = service(rows)
+        link: Any = FakeLink()
+        ask = m.Register(m.PROTOCOL, "0", 0, b"s" * 16, b"/", "a test", b"", False)
+        with pytest.raises(ReplyError) as refused:
+            await clients.handle(link, ask)
+        # ENOENT would be final for the client: "cannot mount subfolder /".
+        assert refused.value.status == Status.NOT_LEADER
+        assert refused.value.value == encode(m.Leader(1, "", ""))
+        apply_batch(rows, 1, Batch(1_000, [Command(0, 0, ops.Found(b"c" * 16, {"a": b"i" * 16}))]))
+        registered = await clients.handle(link, ask)
+        assert registered.session == 1 and registered.cluster == b"c" * 16
+        assert clients.leader().name == "127.0.0.1:9418"
+
+    asyncio.run(story())
