@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": ("bench", "measure a mounted tree beside the local disk"),
     "bench-core": ("benchcore", "measure three replicas without anything around them"),
     "bench-store": ("benchstore", "measure a master that holds many files"),
+    "bench-load": ("benchload", "fill a cluster with empty files"),
     "keygen": ("", "write a new cluster key to a file"),
     "getgoal": ("mfsgetgoal", "show goals (mfsgetgoal)"),
     "setgoal": ("mfssetgoal", "change goals (mfssetgoal)"),
