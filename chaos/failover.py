@@ -15,6 +15,7 @@ elections in M minutes of load without a fault; there must be none.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -104,6 +105,15 @@ class Probes:
             longest = max(longest, *(b - a for a, b in zip(times, [*times[1:], until], strict=True)
                                      if b != until or b - a > 0.5))  # fmt: skip
         return longest
+
+    def took_s(self, since: float, until: float) -> list[float]:
+        """How long each operation took that ended in this time: probes make no pause."""
+        return [
+            b - a
+            for lines in self._lines()
+            for (a, _), (b, _) in itertools.pairwise(lines)
+            if since <= b <= until
+        ]
 
     def done_between(self, since: float, until: float) -> int:
         """Operations of all probes."""

@@ -19,6 +19,7 @@ COMMANDS = {
     "bench-store": ("benchstore", "measure a master that holds many files"),
     "metarestore": ("metarestore", "metadata from an image and changelogs (mfsmetarestore)"),
     "metadump": ("metadump", "print a metadata image as text (mfsmetadump)"),
+    "bench-load": ("benchload", "fill a cluster with empty files"),
     "keygen": ("", "write a new cluster key to a file"),
     "getgoal": ("mfsgetgoal", "show goals (mfsgetgoal)"),
     "setgoal": ("mfssetgoal", "change goals (mfssetgoal)"),

@@ -177,12 +177,14 @@ class SnapshotReceiver:
         if m.index <= self._applied():
             self._send(node, SnapshotNext(m.term, m.ident, -1))
             return
-        if m.ident != self._ident:
+        known = m.ident == self._ident
+        if not known:
             self._ident, self._have = m.ident, 0
             self._path.unlink(missing_ok=True)
         if m.offset != self._have or crc32(m.data) != m.crc:
-            # Ask once for what is missing, not for every piece that came out of turn.
-            if m.offset > self._have:
+            # Ask once for what is missing, not for every piece that came out of turn. Whoever was
+            # stopped in the middle knows nothing of the beginning, and would wait for ever.
+            if known and m.offset > self._have:
                 return
             self._send(node, SnapshotNext(m.term, m.ident, self._have))
             return
