@@ -114,7 +114,7 @@ class Disk(Files):
         """
         lost = 0
         for name, at, before in reversed(self._unsynced):
-            if self._chance.random() < 0.5:
+            if name in self._content and self._chance.random() < 0.5:
                 lost += 1
                 self._content[name][at : at + len(before)] = before
         for name in sorted(self._new):

@@ -37,8 +37,8 @@ class Faults:
     def __init__(self, world: "World") -> None:
         self.world, self.chance = world, world.chance
         self._kinds: list[tuple[int, Callable[[Machine], str]]] = [
-            (14, self._start), (12, self._kill), (8, self._in_a_write), (6, self._kill_all),
-            (14, self._partition), (14, self._heal), (5, self._slow_network), (8, self._break),
+            (22, self._start), (12, self._kill), (8, self._in_a_write), (6, self._kill_all),
+            (14, self._partition), (32, self._heal), (5, self._slow_network), (8, self._break),
             (8, self._pause), (4, self._clock), (4, self._suspend), (5, self._slow_disk),
             (5, self._failing_disk), (5, self._flip_journal), (6, self._flip_snapshot),
             (5, self._lose_disk), (12, self._membership), (4, self._hand_over), (4, self._stop),

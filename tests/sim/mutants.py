@@ -79,8 +79,11 @@ REPLICA: dict[str, Planted] = {
         Replica, "_install", ("or index <= core.last_applied", "")
     ),
     "one replica applies otherwise": _one_replica_differs,
+    "a learner asks for strangers' names": edited(
+        Replica, "_refusal", ("if not self._identity.voter:", "if False:")
+    ),
     "a lost disk may come back under its old name": edited(
-        Replica, "_refusal", ("if known != peer.uuid and not self.config.learner:", "if False:")
+        Replica, "_refusal", ("if known != peer.uuid:", "if False:")
     ),
     "a leader serves before it knows what is committed": edited(
         SafeSyncObj, "leads", ("self.last_applied >= self.noop_index", "True")
@@ -135,6 +138,14 @@ DATA: dict[str, Planted] = {
 }  # fmt: skip
 
 MUTANTS: dict[str, Planted] = {**JOURNAL, **RAFT_LAYER, **REPLICA, **SERVICES, **DATA}
+
+# Found soon; the others take the command.
+IN_THE_SUITE = (
+    "the journal is not synced", "the name of a new segment is not synced",
+    "a sent snapshot counts as the whole log", "one replica applies otherwise",
+    "a retry is not recognised", "versions are never raised", "stale copies count",
+    "surplus copies go without being condemned",
+)  # fmt: skip
 
 
 def finding(seed: int) -> str:

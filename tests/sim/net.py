@@ -21,7 +21,7 @@ from tests.sim.clock import PROCESS, Process, VirtualLoop
 from tests.sim.tcp import Stream, Tcp
 
 Edge = tuple[str, str]
-_UNHEARD_S = (0.5, 5.0)  # until a machine without power is known to be gone
+_UNHEARD_S = (0.5, 3.0)  # until a machine without power is known to be gone
 
 
 def machine_of(name: str) -> str:

@@ -9,18 +9,17 @@ import pytest
 
 from tests.sim.__main__ import many, outcome
 from tests.sim.faults import EFFECTS, KINDS
-from tests.sim.mutants import MUTANTS, finding
+from tests.sim.mutants import IN_THE_SUITE, MUTANTS, finding
 from tests.sim.planted import first_finding
 
-SEEDS = int(os.environ.get("RAFTFS_SIM_SEEDS", "120"))
+SEEDS = int(os.environ.get("RAFTFS_SIM_SEEDS", "300"))
 _SLICE = 20
 _happened: Counter[str] = Counter()
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, _SLICE))
 def test_no_promise_is_broken(first: int) -> None:
-    found = many(first, _SLICE, min(2, os.cpu_count() or 1))
-    for one in found:
+    for one in many(first, min(_SLICE, SEEDS - first), min(2, os.cpu_count() or 1)):
         _happened.update(one.seen)
         assert not one.error, f"{one.error}; {one.reproduce}"
         assert one.acked, f"nothing was done; {one.reproduce}"
@@ -33,7 +32,7 @@ def test_each_kind_of_fault_has_happened(kind: str) -> None:
     if not _happened:
         pytest.skip("the stories were not run")
     assert _happened[kind] > 0, f"no {kind} in {SEEDS} seeds"
-    assert _happened["acked"] > 20 * SEEDS and _happened["reads"] > 5 * SEEDS
+    assert _happened["acked"] > 20 * SEEDS and _happened["reads"] > 20 * SEEDS
 
 
 def test_a_seed_is_one_story_whatever_the_hash_seed() -> None:
@@ -50,21 +49,23 @@ def test_another_seed_is_another_story() -> None:
     assert outcome(5).fingerprint != outcome(6).fingerprint
 
 
-def test_a_master_that_was_away_while_others_were_added_follows_one_of_them() -> None:
-    """It once refused the leader as a stranger, and so never learned who it was."""
-    assert not outcome(9).error
+def test_a_finding_ends_with_the_line_that_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "one replica applies otherwise"
+    with MUTANTS[name]():
+        found = outcome(0)
+        assert found.error and found.reproduce == "reproduce: python -m tests.sim --seed 0"
+        assert outcome(0).error == found.error, "and it is found again"
 
 
-def test_a_learner_that_was_away_while_masters_were_replaced_follows_them() -> None:
-    """It once refused them for their new identities, and followed only who had kept its own."""
-    assert not outcome(182).error
-
-
-def test_a_learner_that_must_wait_for_a_commit_is_not_flooded() -> None:
-    """Leader and learner once answered each other without pause until the commit came."""
-    assert not outcome(0).error
-
-
-@pytest.mark.parametrize("name", list(MUTANTS))
+@pytest.mark.parametrize("name", IN_THE_SUITE)
 def test_a_planted_fault_is_found(name: str) -> None:
     assert first_finding(MUTANTS[name], finding, range(25)), f"{name}: not found"
+
+
+@pytest.mark.parametrize("name", [n for n in MUTANTS if n not in IN_THE_SUITE])
+def test_the_other_faults_can_be_planted(name: str) -> None:
+    """`python -m tests.sim.mutants` looks for all of them; a change of the code may not end that
+    unnoticed.
+    """
+    with MUTANTS[name]():
+        pass

@@ -131,7 +131,7 @@ class World:
         work = [client.start() for client in self.clients]
         chooser = Faults(self)
         for _ in range(faults):
-            await asyncio.sleep(self.chance.uniform(0.05, 0.9))
+            await asyncio.sleep(self.chance.uniform(0.03, 0.7))
             chooser.one()
         await self._mend()
         self.ended = True
@@ -149,7 +149,7 @@ class World:
             server.disk.full = False
             if not server.running:
                 server.start()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.5)
 
     async def _agree(self) -> None:
         """All replicas come to the same state, which has everything acknowledged."""
