@@ -42,8 +42,9 @@ def _is_free(port: int) -> bool:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[ScenarioCluster]:
-    """A running cluster, mounted at `cluster.mnt`; everything is stopped afterwards.
+def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ScenarioCluster]:
+    """A running cluster, mounted at `cluster.mnt`; everything is stopped afterwards. A parameter
+    (`indirect`) gives more options for `raftfs cluster up`.
 
     A warning in any log that the test did not announce (`cluster.expect`) fails the test.
     """
@@ -51,7 +52,8 @@ def cluster(tmp_path: Path) -> Iterator[ScenarioCluster]:
         pytest.skip("this machine has no /dev/fuse or no fusermount3: the mount cannot be tested")
     made = ScenarioCluster(tmp_path, free_port_base())
     try:
-        made.raftfs("cluster", "up", "--port-base", str(made.port_base), "--mount", str(made.mnt))
+        made.raftfs("cluster", "up", "--port-base", str(made.port_base), "--mount", str(made.mnt),
+                    *getattr(request, "param", ()))  # fmt: skip
         yield made
         unexpected = made.unexpected_log_lines()
         assert not unexpected, "unexpected in the logs:\n" + "\n".join(unexpected[:20])
