@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.sim import mutants as core
-from tests.sim.whole import mutants as whole
+from tests.sim import mutants as whole
+from tests.sim.core import mutants as core
 from tests.unit.planted import PLANTED
 
 ROOT = Path(__file__).parent.parent.parent
