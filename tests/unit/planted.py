@@ -1,7 +1,7 @@
 """`python -m tests.unit.planted`: do the unit tests bite? Faults are planted, one at a time, and
 the test that names each must go red.
 
-`tests.sim.mutants` and `tests.sim.whole.mutants` do the same for the simulations. What pysyncobj
+`tests.sim.core.mutants` and `tests.sim.mutants` do the same for the simulations. What pysyncobj
 itself gets wrong is shown on it, side by side with ours, in `tests/unit/raft/test_stock_*`.
 """
 
@@ -21,13 +21,14 @@ from raftfs.meta.raft import segments
 from raftfs.meta.raft.checkpoints import Checkpoints
 from raftfs.meta.raft.configurations import Configurations
 from raftfs.meta.raft.journal import BLOB_HEAD, DurableJournal
+from raftfs.meta.raft.messages import Ack
 from raftfs.meta.raft.safety import SafeSyncObj
 from raftfs.meta.raft.snapshot import SnapshotReceiver
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import digest, ops_namespace
 from raftfs.meta.store import MetaStore
 from raftfs.wire import ops, rpc
-from tests.sim import mutants as core
+from tests.sim.core import mutants as core
 
 RAFT, STORE, STATE = "tests/unit/raft/", "tests/unit/store/", "tests/unit/state/"
 _ENVIRONMENT = "RAFTFS_PLANTED"
@@ -81,8 +82,8 @@ def _write_again() -> Any:
 def _a_segment_too_many() -> Any:
     original = DurableJournal.compact
 
-    def compact(self: DurableJournal, index: int, keep_entries: int, keep_bytes: int) -> int:
-        return original(self, index, keep_entries, keep_bytes) + 1
+    def compact(self: DurableJournal, *limits: int) -> int:
+        return original(self, *limits) + 1
 
     return patch.object(DurableJournal, "compact", compact)
 
@@ -147,17 +148,7 @@ def _no_handshake() -> Any:
 
 
 def _as_founded() -> Any:
-    original = ClientService._register
-
-    async def register(self: ClientService, link: Any, ask: Any) -> Any:
-        members, self._replica.members = (  # type: ignore[misc]
-            self._replica.members, {"somebody": b""})  # fmt: skip
-        try:
-            return await original(self, link, ask)
-        finally:
-            self._replica.members = members  # type: ignore[misc]
-
-    return patch.object(ClientService, "_register", register)
+    return patch.object(ClientService, "_serves", lambda self: self._replica.is_leader)
 
 
 PLANTED: dict[str, Planted] = {
@@ -219,7 +210,7 @@ PLANTED: dict[str, Planted] = {
         RAFT + "test_safety.py::test_reads_wait_for_a_majority_of_a_later_round",
     ),
     "a node that waits for a snapshot is hurried": Planted(
-        lambda: patch.dict(SafeSyncObj._HANDLERS, {core.Ack: _hurry}),
+        lambda: patch.dict(SafeSyncObj._HANDLERS, {Ack: _hurry}),
         RAFT + "test_safety.py::test_a_node_that_waits_for_a_snapshot_is_not_hurried",
     ),
     "learners count": Planted(
@@ -271,7 +262,7 @@ PLANTED: dict[str, Planted] = {
     "clients are refused for good before the founding": Planted(
         _as_founded,
         "tests/unit/meta/test_service.py"
-        "::test_who_comes_before_the_cluster_is_founded_is_asked_to_come_again",
+        "::test_a_client_that_comes_before_the_cluster_is_founded_is_sent_away_for_a_moment",
     ),
 }  # fmt: skip
 

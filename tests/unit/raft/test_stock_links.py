@@ -124,6 +124,9 @@ def test_h25_a_learner_that_connects_again_and_again_leaves_nothing_behind(side:
         def close(self) -> None:
             """Nothing."""
 
+        def notify(self, message: Any) -> None:
+            """Nobody reads it."""
+
     links = Links(PeerName("a:1", b"1" * 16, True, False), [], KEY, lambda peer: None,
                   lambda *_: None, lambda *_: None)  # fmt: skip
     for number in range(20):
