@@ -93,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         key = ClusterKey.load(args.key)
         with daemon.data_folder(config.data_dir):
             master = Master(config, key)
-            async with web.serving(master.status, config.listen, config.port + WEB):
+            async with web.serving(
+                master.status, config.listen, config.port + WEB, master.figures
+            ):
                 await master.run(stop)
 
     return daemon.run("raftfs-master", serve, level=args.log_level)
