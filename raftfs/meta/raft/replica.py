@@ -22,7 +22,7 @@ from pysyncobj.node import Node
 from raftfs.errors import NotLeader, RaftfsError, ReplyError, Status, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints, Freezing
 from raftfs.meta.raft.identity import Identity
-from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.messages import (
     CheckpointMade,
@@ -588,7 +588,11 @@ class Replica:
             core = self._core
             if core is None or self._stopped or index <= core.last_applied:
                 return
-            self._journal.expect(index, term)
+            try:
+                self._journal.expect(index, term)
+            except JournalError as e:  # the snapshot is not to blame
+                self._fail(e)
+                raise
             self.machine.install(path)
             core.snapshot_installed(index, term)
             self._members_changed()
