@@ -27,7 +27,6 @@ from typing import Any
 from chaos.cluster import RAFTFS, Cluster
 from chaos.failover import Probes
 
-_BEFORE_S = 20.0
 _TRANSFER_S = 300.0
 _LOAD_S = 3600
 _POLL_S = 0.002
@@ -40,10 +39,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--files", type=int, default=1_000_000, help="(default: %(default)s)")
     p.add_argument("--kills", type=int, default=5, help="of the receiver (default: %(default)s)")
     p.add_argument("--probes", type=int, default=2)
+    p.add_argument("--before", type=float, default=20.0, metavar="S",
+                   help="seconds of load before anything happens (default: %(default)s)")
     p.add_argument("--seed", type=int, default=None)
     p.add_argument("--port-base", type=int, default=29400)
     p.add_argument("--keep", action="store_true", help="keep data and logs")
-    return p
+    return p  # fmt: skip
 
 
 class Receiver:
@@ -178,7 +179,7 @@ def story(args: argparse.Namespace, folder: Path) -> int:
             try:
                 time.sleep(2.0)
                 began = time.monotonic()
-                time.sleep(_BEFORE_S)
+                time.sleep(args.before)
                 lost = time.monotonic()
                 receiver.lose_everything()
                 for _ in range(args.kills):

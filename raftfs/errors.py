@@ -56,6 +56,16 @@ class StateDiffers(UserError):
         )
 
 
+class DiskFailed(UserError):
+    """A file cannot be written: nothing of what it should have got may count as durable."""
+
+    def __init__(self, what: str, error: object) -> None:
+        super().__init__(
+            f"{what} cannot be written: {error}: make room, or replace the disk, and start this "
+            "master again; the others go on without it"
+        )
+
+
 class InvariantError(AssertionError):
     """A bug: something that must always hold did not. Never caught, never stripped by -O."""
 

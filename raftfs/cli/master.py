@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
             if args.bootstrap is not None:
                 bootstrap(args.bootstrap, config.data_dir, config.name)
             master = Master(config, key)
-            async with web.serving(master.status, config.listen, config.port + WEB):
+            async with web.serving(
+                master.status, config.listen, config.port + WEB, master.figures
+            ):
                 await master.run(stop)
 
     return daemon.run("raftfs-master", serve, level=args.log_level)

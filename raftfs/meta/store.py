@@ -27,7 +27,7 @@ import msgspec
 import structlog
 from lmdb.verify import VerifyError, verify
 
-from raftfs.errors import StateDiffers, UserError, invariant
+from raftfs.errors import DiskFailed, StateDiffers, UserError, invariant
 from raftfs.meta.rowcache import MISSING, Overlay, RowCache, Trash
 from raftfs.meta.state import digest, read
 from raftfs.meta.state.apply import Applied, apply_batch
@@ -246,24 +246,32 @@ class MetaStore:
         return True
 
     def write_frozen(self) -> None:
-        """Thread: put the frozen rows into LMDB, durably. lmdb.Error or OSError if it cannot."""
+        """Thread: put the frozen rows into LMDB, durably. DiskFailed if it cannot."""
         invariant(self.freezing is not None, "no checkpoint has begun")
         assert self.freezing is not None
+        try:
+            with self._in_use, self._env.begin(write=True) as txn:
+                self._frozen_digest = self._put_frozen(txn)
+        except (lmdb.Error, OSError) as e:
+            raise DiskFailed(f"metadata file {self._path}", e) from None
+
+    def _put_frozen(self, txn: Any) -> int:
+        """Gives the new digest."""
+        assert self.freezing is not None
         rows, total = self._frozen.rows, self._digest
-        with self._in_use, self._env.begin(write=True) as txn:
-            for key in _sorted_in_slices(list(rows)):
-                row, old = rows[key], txn.get(key)
-                new = None if row is None else digest.encode_row(row)
-                if new is not None and new != old:
-                    txn.put(key, new)
-                elif new is None and old is not None:
-                    txn.delete(key)
-                if new != old:
-                    total = digest.change(total, key, old, new)
-                    self._audit.changed(key, old, new)
-            applied = AppliedRow(FORMAT, *self.freezing, digest.to_bytes(total))
-            txn.put(APPLIED_KEY, msgspec.msgpack.encode(applied))
-        self._frozen_digest = total
+        for key in _sorted_in_slices(list(rows)):
+            row, old = rows[key], txn.get(key)
+            new = None if row is None else digest.encode_row(row)
+            if new is not None and new != old:
+                txn.put(key, new)
+            elif new is None and old is not None:
+                txn.delete(key)
+            if new != old:
+                total = digest.change(total, key, old, new)
+                self._audit.changed(key, old, new)
+        applied = AppliedRow(FORMAT, *self.freezing, digest.to_bytes(total))
+        txn.put(APPLIED_KEY, msgspec.msgpack.encode(applied))
+        return total
 
     def thaw(self) -> None:
         """Event loop: the checkpoint is durable; its rows are read from the file from now on.

@@ -20,6 +20,8 @@ def word(*views: m.ReplicaStatus | None) -> tuple[str, set[str]]:
     said, reasons = judge({str(n): v for n, v in enumerate(views)})
     return said, {r.partition(":")[0] for r in reasons}
 
+FIGURES = {"raftfs_journal_syncs_total": 7, "raftfs_loop_stall_longest_seconds": 0.25}
+
 
 def test_all_is_well() -> None:
     assert word(LEADER, FOLLOWER, FOLLOWER) == ("OK", set())
@@ -48,9 +50,12 @@ def test_the_monitor_shows_the_same() -> None:
     shown = status_object(LEADER)
     assert shown["leader"] == {"term": 3, "name": "m1:9418", "clients": "m1:9421"}
     assert shown["servers"][0]["address"] == "10.0.0.1:9422"
-    text = metrics_text(LEADER)
+    text = metrics_text(LEADER, FIGURES)
     assert "raftfs_is_leader 1\n" in text and "raftfs_peers_connected 1\n" in text
-    assert "raftfs_is_leader 0\n" in metrics_text(FOLLOWER)
+    assert "# TYPE raftfs_journal_syncs_total counter\nraftfs_journal_syncs_total 7\n" in text
+    assert "# TYPE raftfs_loop_stall_longest_seconds gauge\n" in text
+    assert "raftfs_loop_stall_longest_seconds 0.25\n" in text
+    assert "raftfs_is_leader 0\n" in metrics_text(FOLLOWER, {})
 
 
 def test_the_page_escapes_what_it_shows() -> None:

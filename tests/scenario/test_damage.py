@@ -80,9 +80,14 @@ class Lone:
 
     def status(self) -> dict[str, int]:
         """What the web page says."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port + 7}/api/status") as answer:
-            found: dict[str, int] = json.load(answer)
+        found: dict[str, int] = json.loads(self.get("api/status"))
         return found
+
+    def get(self, page: str) -> str:
+        """Of its web pages."""
+        url = f"http://127.0.0.1:{self.port + 7}/{page}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return str(answer.read(), "utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +213,7 @@ def test_what_the_rest_can_make_whole_comes_back_whole(
             with contextlib.suppress(OSError):
                 nodes = lone.status()["nodes"]
             time.sleep(0.1)
+        metrics = lone.get("metrics")
+    for name in ("loop_stall_checkpoint_longest_seconds", "checkpoint_last_rows",
+                 "journal_sync_p99_seconds", "elections_total"):  # fmt: skip
+        assert f"\nraftfs_{name} " in metrics

@@ -20,7 +20,7 @@ from raftfs.cli.master import main as master_main
 from raftfs.meta.raft import segments
 from raftfs.meta.raft.checkpoints import Checkpoints
 from raftfs.meta.raft.configurations import Configurations
-from raftfs.meta.raft.journal import BLOB_HEAD, DurableJournal
+from raftfs.meta.raft.journal import BLOB_HEAD, DurableJournal, JournalError
 from raftfs.meta.raft.messages import Ack
 from raftfs.meta.raft.safety import SafeSyncObj
 from raftfs.meta.raft.snapshot import SnapshotReceiver
@@ -79,6 +79,16 @@ def _write_again() -> Any:
     return patch.object(DurableJournal, "_fail", fail)
 
 
+def _passed_over() -> Any:
+    original = DurableJournal.unlink_before
+
+    def unlink(self: DurableJournal, segment: int) -> None:
+        with contextlib.suppress(JournalError):
+            original(self, segment)
+
+    return patch.object(DurableJournal, "unlink_before", unlink)
+
+
 def _a_segment_too_many() -> Any:
     original = DurableJournal.compact
 
@@ -86,6 +96,24 @@ def _a_segment_too_many() -> Any:
         return original(self, *limits) + 1
 
     return patch.object(DurableJournal, "compact", compact)
+
+
+def _names_are_not_synced() -> Any:
+    return patch("tests.unit.raft.disks.FakeFiles.sync_folder", lambda self, folder: None)
+
+
+def _votes_are_not_restated() -> Any:
+    original = DurableJournal._begin_segment
+
+    def begin(self: DurableJournal) -> None:
+        with patch.object(self, "_vote", ""):
+            original(self)
+
+    return patch.object(DurableJournal, "_begin_segment", begin)
+
+
+def _no_announcement() -> Any:
+    return patch.object(DurableJournal, "expect", lambda self, index, term: None)
 
 
 def _half_an_entry() -> Any:
@@ -96,6 +124,16 @@ def _half_an_entry() -> Any:
         return original(self)
 
     return patch.object(MetaStore, "freeze", freeze)
+
+
+def _silent_in_the_middle() -> Any:
+    original = SnapshotReceiver.piece
+
+    def piece(self: SnapshotReceiver, node: Any, m: Any) -> None:
+        if m.offset <= self._have:
+            original(self, node, m)
+
+    return patch.object(SnapshotReceiver, "piece", piece)
 
 
 def _any_snapshot() -> Any:
@@ -160,6 +198,22 @@ PLANTED: dict[str, Planted] = {
         _a_segment_too_many,
         RAFT + "test_stock_disk.py::test_h3_a_kill_at_each_step_of_compaction_loses_no_entry[ours]",
     ),
+    "the name of a new segment is not synced": Planted(
+        _names_are_not_synced, RAFT + "test_journal_crashes.py"
+        "::test_a_stop_at_every_call_loses_nothing[power cut]",
+    ),
+    "the vote is not restated in a new segment": Planted(
+        _votes_are_not_restated, RAFT + "test_journal_crashes.py"
+        "::test_a_stop_at_every_call_loses_nothing[kill]",
+    ),
+    "a snapshot is installed without an announcement in the journal": Planted(
+        _no_announcement, RAFT + "test_journal_crashes.py"
+        "::test_a_stop_at_every_call_loses_nothing[kill]",
+    ),
+    "an error of the disk is passed over": Planted(
+        _passed_over, RAFT + "test_journal_crashes.py"
+        "::test_an_error_at_every_call_stops_the_journal_for_good",
+    ),
     "the commit index is believed for what was not compared": Planted(
         core.MUTANTS["the leader's commit index is believed for what was not compared"],
         RAFT + "test_safety.py::test_only_what_was_compared_is_committed",
@@ -188,6 +242,10 @@ PLANTED: dict[str, Planted] = {
         _any_snapshot,
         RAFT + "test_stock_disk.py"
         "::test_h11_an_older_snapshot_does_not_replace_a_newer_state[ours]",
+    ),
+    "a piece from the middle is not answered": Planted(
+        _silent_in_the_middle,
+        RAFT + "test_snapshot.py::test_whoever_is_killed_in_the_middle_begins_anew_at_once",
     ),
     "damage in the journal passes for a torn tail": Planted(
         _replace(DurableJournal, "_replay", _damage_is_cut_off),

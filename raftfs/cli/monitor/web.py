@@ -6,7 +6,7 @@ monitor of the classic kind (charts, operations, mounts) is a later chapter.
 
 import contextlib
 import html
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -65,8 +65,8 @@ def status_object(status: ReplicaStatus) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def metrics_text(status: ReplicaStatus) -> str:
-    """The replica's numbers in Prometheus' text format."""
+def metrics_text(status: ReplicaStatus, figures: Mapping[str, float]) -> str:
+    """The replica's numbers in Prometheus' text format. A counter's name ends with `_total`."""
     gauges = {
         "raftfs_is_leader": int(status.role == "leader"),
         "raftfs_term": status.leader.term,
@@ -82,8 +82,12 @@ def metrics_text(status: ReplicaStatus) -> str:
         "raftfs_chunks": status.chunks,
         "raftfs_chunks_undergoal": status.undergoal,
         "raftfs_chunks_missing": status.missing,
+        **figures,
     }
-    return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in gauges.items())
+    return "".join(
+        f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}\n{name} {value}\n"
+        for name, value in gauges.items()
+    )
 
 
 def page(status: ReplicaStatus) -> str:
@@ -121,8 +125,12 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 
 @contextlib.asynccontextmanager
-async def serving(status: Status, host: str, port: int) -> AsyncIterator[None]:
-    """Serve the monitor while the context is open. UserError if the port cannot be had."""
+async def serving(
+    status: Status, host: str, port: int, figures: Callable[[], Mapping[str, float]] = dict
+) -> AsyncIterator[None]:
+    """Serve the monitor while the context is open; `figures` are further numbers for `/metrics`.
+    UserError if the port cannot be had.
+    """
 
     async def show(request: web.Request) -> web.Response:
         return web.Response(text=page(status()), content_type="text/html")
@@ -131,7 +139,7 @@ async def serving(status: Status, host: str, port: int) -> AsyncIterator[None]:
         return web.json_response(status_object(status()))
 
     async def metrics(request: web.Request) -> web.Response:
-        return web.Response(text=metrics_text(status()), content_type="text/plain")
+        return web.Response(text=metrics_text(status(), figures()), content_type="text/plain")
 
     app = web.Application()
     app.add_routes([

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from raftfs.errors import StateDiffers, UserError
 from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.raft.loopwatch import LoopWatch, Times
 from raftfs.wire.ops import Checkpoint, Digest, Op
 
 _LOOK_S = 0.2
@@ -71,6 +72,10 @@ class Checkpoints:
         self._fail = fail
         self._tell = tell
         self._loop = asyncio.get_running_loop()
+        self.watch = LoopWatch()
+        self.times = Times()  # from freezing to durable
+        self.last_rows = 0
+        self._frozen_at = 0.0
         self._frozen = asyncio.Event()  # one has begun and must be written
         self._made_at = self._loop.time()
         self._applied_at = 0.0
@@ -86,8 +91,16 @@ class Checkpoints:
     def applied(self, op: Op) -> None:
         """An operation was just applied; nothing after its entry was."""
         self._applied_at = self._loop.time()
-        if isinstance(op, Checkpoint) and self._machine.freeze():
+        if isinstance(op, Checkpoint) and self._freeze():
             self._frozen.set()
+
+    def _freeze(self) -> bool:
+        rows = self._machine.dirty()
+        if not self._machine.freeze():
+            return False
+        self.last_rows, self._frozen_at = rows, self._loop.time()
+        self.watch.checkpoint(begins=True)
+        return True
 
     def heard(self, name: str, index: int, digest: bytes) -> None:
         """Leader: a voter has made a checkpoint."""
@@ -170,7 +183,7 @@ class Checkpoints:
     async def make(self) -> None:
         """Write what is frozen, or freeze now. The lock is held."""
         try:
-            self._machine.freeze()
+            self._freeze()
             if self._machine.freezing is None:
                 return
             self.members_new = False
@@ -178,12 +191,14 @@ class Checkpoints:
             await asyncio.to_thread(self._machine.write_frozen)
             self._machine.thaw()
             self._made_at = self._loop.time()
+            self.times.add(self._made_at - self._frozen_at)
             self._tell(*self._machine.digests[-1])
             needed = self._journal.compact(
                 self._machine.checkpointed[0], self._limits.tail_entries, self._limits.tail_bytes,
                 self._limits.kept_bytes,
             )
             await asyncio.to_thread(self._journal.unlink_before, needed)
+            self.watch.checkpoint(begins=False)
         except asyncio.CancelledError:
             raise
         except Exception as e:

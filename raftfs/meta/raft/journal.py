@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from pysyncobj.journal import Journal
 
-from raftfs.errors import RaftfsError, UserError, invariant
+from raftfs.errors import DiskFailed, RaftfsError, UserError, invariant
 from raftfs.meta.raft import keptlog, segments
 from raftfs.meta.raft.keptlog import KeptLog, KeptSegment
 from raftfs.meta.raft.segments import BLOB_HEAD, RECORD_HEAD, Files, Record
@@ -42,8 +42,12 @@ SEGMENT_BYTES = 4 << 20
 Entry = tuple[bytes, int, int]  # command, index, term: pysyncobj's form
 
 
-class JournalError(RaftfsError):
-    """Writing or syncing the journal failed: this replica must stop at once."""
+class JournalError(UserError):
+    """The journal can no longer be relied on: this replica must stop at once."""
+
+
+class JournalDiskFailed(DiskFailed, JournalError):
+    """It cannot be written."""
 
 
 class _Batch(NamedTuple):
@@ -211,7 +215,7 @@ class DurableJournal(Journal):  # type: ignore[misc]
 
     def _fail(self, error: OSError) -> JournalError:
         self._failed = True
-        return JournalError(f"journal {self._folder} cannot be written: {error}")
+        return JournalDiskFailed(f"journal {self._folder}", error)
 
     def _write(self, batch: list[Record]) -> list[Place | None]:
         """One durable blob; gives where its entries lie."""

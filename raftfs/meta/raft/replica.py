@@ -22,7 +22,7 @@ from pysyncobj.node import Node
 from raftfs.errors import NotLeader, RaftfsError, ReplyError, Status, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints, Freezing
 from raftfs.meta.raft.identity import Identity
-from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.keptlog import KeptDamaged
 from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.messages import (
@@ -117,6 +117,7 @@ class Replica:
         self._proposed = False
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
+        self._elections = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._loading: asyncio.Task[None] | None = None
         self._all_met = asyncio.Event()
@@ -401,6 +402,8 @@ class Replica:
 
     def _on_timer(self) -> None:
         if not self._stopped:
+            if self._timer is not None:
+                self._checkpoints.watch.turned(self._loop.time() - self._timer.when())
             self._timer = self._loop.call_later(_TICK_S, self._on_timer)
             self.machine.tidy()
             self._kick()
@@ -436,6 +439,7 @@ class Replica:
             self._lead(core)
         role = (core.leads, core.term, self.leader)
         if role != self._known_role:
+            self._elections += role[1] != self._known_role[1]
             self._known_role = role
             for callback in self.on_role:
                 callback()
@@ -630,7 +634,11 @@ class Replica:
             core = self._core
             if core is None or self._stopped or index <= core.last_applied:
                 return
-            self._journal.expect(index, term)
+            try:
+                self._journal.expect(index, term)
+            except JournalError as e:  # the snapshot is not to blame
+                self._fail(e)
+                raise
             self.machine.install(path)
             core.snapshot_installed(index, term)
             self._members_changed()
@@ -689,6 +697,25 @@ class Replica:
         last = self._journal.last_index
         matched = {n.id: last - i for n, i in core.match_index.items()}
         return {name: matched[name] for name in links.connected() if name in matched}
+
+    def figures(self) -> dict[str, float]:
+        """Numbers for whoever watches, by Prometheus' names; none before it has started."""
+        if self._core is None or self._syncer is None:
+            return {}
+        made, syncs = self._checkpoints, self._syncer.times
+        return {
+            "raftfs_elections_total": self._elections,
+            "raftfs_loop_stall_longest_seconds": made.watch.longest_s,
+            "raftfs_loop_stall_checkpoint_longest_seconds": made.watch.checkpoint_longest_s,
+            "raftfs_loop_stall_last_checkpoint_seconds": made.watch.last_checkpoint_s,
+            "raftfs_checkpoints_total": made.times.count,
+            "raftfs_checkpoint_p99_seconds": made.times.percentile(99),
+            "raftfs_checkpoint_last_rows": made.last_rows,
+            "raftfs_journal_syncs_total": syncs.count,
+            "raftfs_journal_sync_p50_seconds": syncs.percentile(50),
+            "raftfs_journal_sync_p99_seconds": syncs.percentile(99),
+            "raftfs_journal_bytes_in_memory": self._journal.bytes_kept,
+        }
 
     async def hand_over(self, to: str = "") -> str:
         """Leader: have a voter (the most advanced one, or `to`) lead instead. Gives its name when

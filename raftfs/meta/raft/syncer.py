@@ -8,9 +8,11 @@ under way goes into the next: group commit without a timer.
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from raftfs.meta.raft.journal import DurableJournal
+from raftfs.meta.raft.loopwatch import Times
 
 _JOIN_S = 10.0  # a disk that does not answer must not keep the process from ending
 
@@ -26,6 +28,7 @@ class Syncer:
         self._done = done
         self._loop = asyncio.get_running_loop()
         self._busy = False
+        self.times = Times()  # of syncs
         self._go: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="raftfs-journal", daemon=True)
         self._thread.start()
@@ -39,8 +42,10 @@ class Syncer:
     def _run(self) -> None:
         while self._go.get():
             error: BaseException | None = None
+            began = time.monotonic()
             try:
                 self._journal.write_taken()
+                self.times.add(time.monotonic() - began)
             except Exception as e:  # handed over to the loop, which stops the node
                 error = e
             try:

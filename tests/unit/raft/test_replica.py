@@ -16,6 +16,7 @@ from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, StateDiffer
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
 from raftfs.meta.raft.configurations import Configurations
 from raftfs.meta.raft.journal import DurableJournal, JournalError
+from raftfs.meta.raft.loopwatch import LoopWatch, Times
 from raftfs.meta.raft.messages import PeerName, Refused
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.raft.segments import Files
@@ -416,3 +417,51 @@ def test_the_majority_of_the_voters_has_the_right_digest(
         assert all(isinstance(e, UserError) and stops in str(e) for e in failed)
 
     run(story())
+
+
+def test_figures_tell_of_stalls_checkpoints_and_syncs(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            await t.mkdir()
+            one = t.replicas[0]
+            await t.until(lambda: one.figures()["raftfs_checkpoints_total"], "a checkpoint")
+            await t.until(lambda: t.stores[0].freezing is None, "its end")
+            time.sleep(0.3)  # the loop stands still
+            await asyncio.sleep(0.05)
+            after = one.figures()
+            assert after["raftfs_loop_stall_longest_seconds"] > 0.25
+            t.files[0].delay_s = 0.2
+            for _ in range(3):
+                await t.mkdir()
+            await t.until(lambda: t.files[0].slow_syncs, "a slow sync")
+            t.files[0].delay_s = 0.0
+            syncs = after["raftfs_journal_syncs_total"]
+            await t.until(
+                lambda: one.figures()["raftfs_journal_syncs_total"] > syncs, "the end of it"
+            )
+            assert one.figures()["raftfs_journal_sync_p99_seconds"] >= 0.2
+            assert one.figures()["raftfs_checkpoint_last_rows"] > 0
+            assert one.figures()["raftfs_elections_total"] >= 1
+
+    run(story())
+
+
+def test_a_stall_is_that_of_a_checkpoint_only_while_one_is_made() -> None:
+    watch = LoopWatch()
+    watch.turned(0.4)
+    watch.checkpoint(begins=True)
+    watch.turned(0.2)
+    watch.turned(0.1)
+    watch.checkpoint(begins=False)
+    watch.turned(0.3)
+    assert (watch.longest_s, watch.checkpoint_longest_s, watch.last_checkpoint_s) == (0.4, 0.2, 0.2)
+    watch.checkpoint(begins=True)
+    assert (watch.checkpoint_longest_s, watch.last_checkpoint_s) == (0.2, 0.0)
+
+
+def test_times_are_of_the_last_thousand() -> None:
+    times = Times()
+    assert times.percentile(99) == 0.0
+    for n in range(2_000):
+        times.add(n)
+    assert (times.count, times.percentile(50), times.percentile(99)) == (2_000, 1_500, 1_990)
