@@ -58,6 +58,7 @@ class World:
         self.net.seen = self.seen
         self.ended = False
         self.writes = 0  # numbers what clients write
+        self.sync_s = self.chance.choice((0.005, 0.02, 0.1))  # the longest usual sync of a disk
         self.voters = NAMES if self.chance.random() < 0.2 else NAMES[:3]
         self.masters = [Machine(self, name) for name in NAMES]
         self.learners = [Machine(self, "watcher", learner=True)]
