@@ -67,11 +67,7 @@ class Faults:
     # --- processes
 
     def _start(self, machine: Machine) -> str:
-        for one in self.world.machines:
-            self.world.bring_back(one)
-        for server in self.world.chunkservers:
-            if not server.running:
-                server.start()
+        self.world.revive()
         return ""
 
     def _stop(self, machine: Machine) -> str:
