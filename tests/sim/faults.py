@@ -31,6 +31,9 @@ EFFECTS = (
 )  # fmt: skip
 
 
+_FREQUENT = (0.2, 1.0, 1.0, 4.0)
+
+
 class Faults:
     """Chooses and does."""
 
@@ -46,11 +49,17 @@ class Faults:
             (3, self._fill_server), (3, self._replace_server), (5, self._cut_client),
             (3, self._pause_client),
         ]  # fmt: skip
+        # Every story has its own mixture: what happens seldom in one is frequent in another.
+        mending = (self._start, self._heal)
+        self._weights = [
+            weight if kind in mending else weight * self.chance.choice(_FREQUENT)
+            for weight, kind in self._kinds
+        ]
 
     def one(self) -> None:
         """One thing goes wrong, or is mended."""
         machine = self.chance.choice(self.world.masters + self.world.masters + self.world.learners)
-        kind = self.chance.choices([k for _, k in self._kinds], [w for w, _ in self._kinds])[0]
+        kind = self.chance.choices([kind for _, kind in self._kinds], self._weights)[0]
         happened = kind(machine)
         if happened:
             self.world.seen[happened] += 1
@@ -58,11 +67,7 @@ class Faults:
     # --- processes
 
     def _start(self, machine: Machine) -> str:
-        for one in self.world.machines:
-            self.world.bring_back(one)
-        for server in self.world.chunkservers:
-            if not server.running:
-                server.start()
+        self.world.revive()
         return ""
 
     def _stop(self, machine: Machine) -> str:

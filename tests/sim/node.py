@@ -20,7 +20,7 @@ from raftfs.meta.raft.surroundings import Surroundings
 from raftfs.meta.state.apply import Applied
 from raftfs.meta.store import MetaStore
 from tests.sim.broken import must
-from tests.sim.clock import THREAD_S, Killed, Process
+from tests.sim.clock import Killed, Process
 from tests.sim.disk import Disk
 from tests.sim.net import machine_of
 
@@ -207,7 +207,7 @@ class Machine:
         return int(self.world.loop.now * 1e9) + self.clock_offset_ns
 
     def _longest_sync(self) -> float:
-        return 0.6 if self.slow_until > self.world.loop.now else THREAD_S
+        return 0.6 if self.slow_until > self.world.loop.now else self.world.sync_s
 
     def _refused(self, reason: str) -> None:
         """It must not run: the disk lied, or the cluster wants it no more."""

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
@@ -58,6 +58,7 @@ class World:
         self.net.seen = self.seen
         self.ended = False
         self.writes = 0  # numbers what clients write
+        self.sync_s = self.chance.choice((0.005, 0.02, 0.1))  # the longest usual sync of a disk
         self.voters = NAMES if self.chance.random() < 0.2 else NAMES[:3]
         self.masters = [Machine(self, name) for name in NAMES]
         self.learners = [Machine(self, "watcher", learner=True)]
@@ -135,8 +136,10 @@ class World:
             chooser.one()
         await self._mend()
         self.ended = True
-        await asyncio.wait_for(asyncio.gather(*work), _SETTLE_S)
-        await self._agree()
+        await self._until(lambda: all(w.done() for w in work), "a client waits in vain")
+        await self._until(self._agreed, "no agreement")
+        await self._until(lambda: not self._lacking(), "goals are not met")
+        self.promises.check_all()
 
     async def _mend(self) -> None:
         self.net.heal()
@@ -144,25 +147,26 @@ class World:
         for machine in self.machines:
             machine.disk.repair()
             machine.slow_until = 0.0
-            self.bring_back(machine)
         for server in self.chunkservers:
             server.disk.full = False
-            if not server.running:
-                server.start()
+        self.revive()
         await asyncio.sleep(0.5)
 
-    async def _agree(self) -> None:
-        """All replicas come to the same state, which has everything acknowledged."""
+    def revive(self) -> None:
+        """Start everything that is down."""
+        for machine in self.machines:
+            self.bring_back(machine)
+        for server in self.chunkservers:
+            if not server.running:
+                server.start()
+
+    async def _until(self, true: Callable[[], bool], otherwise: str) -> None:
+        """With everything mended, all becomes good in time."""
         until = self.loop.now + _SETTLE_S
-        while not self._agreed():
-            for machine in self.machines:
-                self.bring_back(machine)
-            must(self.loop.now < until, f"no agreement: {self._where()}")
+        while not true():
+            must(self.loop.now < until, f"{otherwise}: {self._where()}; {self._lacking()}")
+            self.revive()
             await asyncio.sleep(0.3)
-        while lacking := self._lacking():
-            must(self.loop.now < until, f"goals are not met: {lacking}")
-            await asyncio.sleep(0.3)
-        self.promises.check_all()
 
     def _lacking(self) -> list[str]:
         """Chunks that do not have exactly the copies that their goals ask for."""
@@ -184,6 +188,7 @@ class World:
         return [m for m in self.masters if m.name in members]
 
     def _agreed(self) -> bool:
+        """All replicas have come to the same state, which has everything acknowledged."""
         members = self.members()
         voting = self._voting()
         if not all(m.running and m.store and m.uuid == members[m.name] for m in voting):
