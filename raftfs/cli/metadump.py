@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
         return 1
     try:
-        return dump(Path(files[0]), section, dots="-d" in options)
+        return output.piped(lambda: dump(Path(files[0]), section, dots="-d" in options))
     except UserError as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)
         return e.exit_status
