@@ -73,7 +73,7 @@ class _Options:
         found, self.changelogs = _words(argv)
         given = {name for name, _ in found}
         values = dict(found)
-        self.version = "-v" in given
+        self.version, self.help = "-v" in given, bool(given & {"-h", "--help"})
         self.auto, self.verify = "-a" in given, "--verify" in given
         self.force, self.best_effort, self.ignore = ("-f" in given, "-b" in given, "-i" in given)
         self.verbose = sum(name == "-x" for name, _ in found)
@@ -81,7 +81,7 @@ class _Options:
         self.out = Path(values["-o"]) if "-o" in given else None
         self.folder = Path(values.get("-d", DATA))
         self.until = parse_until(values["--until"]) if "--until" in given else Until()
-        if self.version:
+        if self.version or self.help:
             return
         if self.auto and (given & {"-m", "-o"} or self.changelogs):
             _wrong("-a finds the files itself: it goes without -m, -o and changelogs")
@@ -118,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
         return output.usage(USAGE)
     except UserError as e:
         return _failed(e)
+    if options.help:
+        print(USAGE)
+        return 0
     if options.version:
         print(f"version: {__version__}")
         return 0

@@ -208,6 +208,13 @@ def test_bad_input(words: list[str], said: str, tool: Tool) -> None:
     assert not (tool.folder / "out").exists()
 
 
+def test_help(tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("-h", "--help"):
+        assert "usage: mfsmetarestore" in tool(word) and tool.err == ""
+    assert metadump.main(["--help"]) == 0
+    assert "usage: mfsmetadump" in capsys.readouterr().out
+
+
 def test_version(tool: Tool) -> None:
     assert re.fullmatch(r"version: \d+\.\d+\.\d+\n", tool("-v"))
 
