@@ -57,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
     logs.add_argument("name")
     replace = verb("replace", "bring back a master that lost its data, by a snapshot")
     replace.add_argument("name")
+    bootstrap = verb("bootstrap", "all masters lost their data: begin them anew from an image of "
+                     "the metadata, with the chunkservers that are left")  # fmt: skip
+    bootstrap.add_argument("image", type=Path, metavar="IMAGE",
+                           help="of mfsmetarestore or a metalogger")  # fmt: skip
     down = verb("down", "unmount and stop everything")
     down.add_argument("--wipe", action="store_true", help="and remove the cluster's folder")
     return p
@@ -232,6 +236,26 @@ def _replace(args: argparse.Namespace) -> None:
     print(f"{node.name} is back and votes (pid {node.pid})")
 
 
+def _bootstrap(args: argparse.Namespace) -> None:
+    cluster = LocalCluster.load(args.dir)
+    masters = cluster.by_role("master")
+    for node in masters:
+        if node.state != "stopped":
+            raise UserError(
+                f"{node.name} is {node.state}: --bootstrap is for masters that lost their data; "
+                f"end it first (raftfs cluster kill {node.name})"
+            )
+        data = cluster.folder / node.name
+        if data.exists() and any(path.name != ".lock" for path in data.iterdir()):
+            raise UserError(f"{node.name} has data in {data}: move it away first")
+    for node in masters:
+        cluster.start(node, "--bootstrap", str(args.image.absolute()))
+    for node in cluster.by_role("chunkserver"):
+        cluster.start(node)
+    cluster.wait_up()
+    _print_status(cluster)
+
+
 def _down(args: argparse.Namespace) -> None:
     if not (args.dir / "cluster.json").exists():
         print(f"no cluster in {args.dir}")
@@ -245,6 +269,6 @@ def _down(args: argparse.Namespace) -> None:
 
 _VERBS = {
     "up": _up, "status": _status, "kill": _kill, "start": _start, "mount": _mount, "logs": _logs,
-    "replace": _replace, "down": _down,
+    "replace": _replace, "bootstrap": _bootstrap, "down": _down,
 }  # fmt: skip
-_CHANGES = ("up", "start", "mount", "replace", "down")
+_CHANGES = ("up", "start", "mount", "replace", "bootstrap", "down")

@@ -9,6 +9,7 @@ from raftfs.cli.monitor import web
 from raftfs.conf import exports
 from raftfs.const import KEPT_LOG_BYTES, MIB
 from raftfs.errors import UserError
+from raftfs.meta.bootstrap import bootstrap
 from raftfs.meta.healer import HealingConfig
 from raftfs.meta.master import Master, MasterConfig, parse_peer
 from raftfs.wire.auth import ClusterKey
@@ -45,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     joining.add_argument("--join", action="store_true",
                          help="a new replica: come as a learner, and vote after `raftfs member "
                          "add`")
+    joining.add_argument("--bootstrap", type=Path, metavar="IMAGE",
+                         help="on empty folders of all masters: begin a new cluster with the "
+                         "metadata of an image (of mfsmetarestore or a metalogger)")
     healing = HealingConfig()
     p.add_argument("--disconnect-delay", type=float, default=healing.disconnect_delay_s,
                    metavar="S", help="seconds to wait for a lost chunkserver before chunks with "
@@ -73,7 +77,7 @@ def configure(args: argparse.Namespace) -> MasterConfig:
     )
     return MasterConfig(
         name, peers, args.data, args.listen, args.replace or args.join, tuple(lines),
-        healing, args.keep_log_mib * MIB,
+        healing, args.bootstrap is not None, args.keep_log_mib * MIB,
     )
 
 
@@ -98,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         config = configure(args)
         key = ClusterKey.load(args.key)
         with daemon.data_folder(config.data_dir):
+            if args.bootstrap is not None:
+                bootstrap(args.bootstrap, config.data_dir, config.name)
             master = Master(config, key)
             async with web.serving(master.status, config.listen, config.port + WEB):
                 await master.run(stop)

@@ -17,6 +17,8 @@ COMMANDS = {
     "bench": ("bench", "measure a mounted tree beside the local disk"),
     "bench-core": ("benchcore", "measure three replicas without anything around them"),
     "bench-store": ("benchstore", "measure a master that holds many files"),
+    "metarestore": ("metarestore", "metadata from an image and changelogs (mfsmetarestore)"),
+    "metadump": ("metadump", "print a metadata image as text (mfsmetadump)"),
     "keygen": ("", "write a new cluster key to a file"),
     "getgoal": ("mfsgetgoal", "show goals (mfsgetgoal)"),
     "setgoal": ("mfssetgoal", "change goals (mfssetgoal)"),

@@ -21,6 +21,7 @@ from raftfs.errors import UserError
 
 _DIGEST = re.compile(r"# DIGEST: after line (\d+), entry (\d+): ([0-9a-f]{32})")
 _NUMBER = re.compile(r"(\d{1,20}): ")
+_CHANGELOG = re.compile(r"changelog(_ml(_back)?)?\.\d+\.mfs(\.zst)?")
 _LINE_MAX = 1 << 20  # the longest command with every byte escaped is far below it
 
 
@@ -33,13 +34,16 @@ class Digest(msgspec.Struct, frozen=True):
 
 
 class Survey(NamedTuple):
-    """What a file contains: its lines' numbers (0: none), how many, and the digests."""
+    """What a file contains: its lines' numbers (0: none), how many, and the digests. `problem`: why
+    it cannot be read to its end ("": it can).
+    """
 
     path: Path
     first: int
     last: int
     lines: int
     digests: list[Digest]
+    problem: str
 
 
 class Numbered(NamedTuple):
@@ -92,22 +96,33 @@ def _numbered(path: Path) -> Iterator[Numbered]:
         if text.startswith("#") or not text:
             continue
         match = _NUMBER.match(text)
-        version = int(match[1]) if match else version
+        version = int(match[1]) if match else version + 1
         yield Numbered(version, text, path, number)
 
 
 def survey(path: Path) -> Survey:
-    """Look through a file. UserError if it cannot be read."""
+    """Look through a file."""
     first = last = lines = 0
-    digests = []
-    for _, text in read_lines(path):
-        if match := _DIGEST.fullmatch(text):
-            digests.append(Digest(int(match[1]), int(match[2]), bytes.fromhex(match[3])))
-        elif match := _NUMBER.match(text):
-            last = int(match[1])
-            first = first or last
-            lines += 1
-    return Survey(path, first, last, lines, digests)
+    digests, problem = [], ""
+    try:
+        for _, text in read_lines(path):
+            if match := _DIGEST.fullmatch(text):
+                digests.append(Digest(int(match[1]), int(match[2]), bytes.fromhex(match[3])))
+            elif match := _NUMBER.match(text):
+                last = int(match[1])
+                first = first or last
+                lines += 1
+    except UserError as e:
+        problem = str(e)
+    return Survey(path, first, last, lines, digests, problem)
+
+
+def changelogs_in(folder: Path) -> list[Path]:
+    """The changelogs of a folder, by the names that masters and metaloggers give them."""
+    found = {path.name: path for path in folder.iterdir() if _CHANGELOG.fullmatch(path.name)}
+    # A compressed one beside the plain one was not finished when somebody stopped.
+    return sorted(p for name, p in found.items() if name.removesuffix(".zst") not in found
+                  or not name.endswith(".zst"))  # fmt: skip
 
 
 def merged(surveys: Sequence[Survey]) -> Iterator[Numbered]:

@@ -21,13 +21,14 @@ servers hold the committed version (`_proven`): then no copy elsewhere can prete
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import structlog
 
 from raftfs.errors import ReplyError, Status
 from raftfs.meta.chunkhub import ChunkHub
-from raftfs.meta.plan.healing import Verdict, judge
+from raftfs.meta.plan.healing import Verdict, good, judge, unsettled
 from raftfs.meta.plan.placement import choose_servers, read_order
 from raftfs.meta.proposer import Proposer
 from raftfs.meta.state import read
@@ -57,7 +58,10 @@ class Grants:
         proposer: Proposer,
         term: Callable[[], int],
         draw: Callable[[], float] = random.random,
+        patience_s: float = 0.0,
     ) -> None:
+        """`patience_s`: so long from now, chunks of a restored state wait for all their copies."""
+        self._patient_until = time.monotonic() + patience_s
         self._rows = rows
         self._hub = hub
         self._proposer = proposer
@@ -113,7 +117,18 @@ class Grants:
 
     def verdict(self, chunk: ChunkRow) -> Verdict:
         """What the connected copies are worth."""
-        return judge(chunk.version, chunk.reserved, chunk.goal, self.copies(chunk, fenced=True))
+        return judge(
+            chunk.version, chunk.reserved, chunk.goal, self.copies(chunk, fenced=True),
+            chunk.restored,
+        )  # fmt: skip
+
+    def awaits_copies(self, chunk: ChunkRow) -> bool:
+        """Just after a bootstrap: whether servers that have not come yet may hold newer copies."""
+        return (
+            time.monotonic() < self._patient_until
+            and unsettled(chunk.version, chunk.restored)
+            and len(self.copies(chunk, fenced=False)) < chunk.goal
+        )
 
     def locate(self, inode: int, index: int, reader_host: str) -> m.ChunkMap:
         """Where to read. A map without copies means: none is connected now."""
@@ -124,12 +139,13 @@ class Grants:
 
     def locations(self, chunk: ChunkRow, reader_host: str) -> list[m.Location]:
         """The good copies of a chunk in the order in which a reader should try them."""
+        if self.awaits_copies(chunk):
+            return []
         copies = self.copies(chunk, fenced=False)
-        newest = max(chunk.version, chunk.reserved)
-        good = {u: v for u, v in copies.items() if chunk.version <= v <= newest}
-        hosts = [(uuid, self._hub.servers[uuid].host) for uuid in good]
+        usable = good(chunk.version, chunk.reserved, copies, chunk.restored)
+        hosts = [(uuid, self._hub.servers[uuid].host) for uuid in usable]
         order = read_order(hosts, reader_host, self._draw)
-        return [self._hub.location(uuid, good[uuid]) for uuid in order]
+        return [self._hub.location(uuid, usable[uuid]) for uuid in order]
 
     # --- writers
 
@@ -149,14 +165,17 @@ class Grants:
             failed = set(ask.failed)
             for uuid in failed:
                 self._hub.suspect(uuid)
-            good = [u for u in self.verdict(chunk).chosen if u not in failed]
-            if not good:
+            verdict = self.verdict(chunk)
+            usable = [u for u in verdict.chosen if u not in failed]
+            if self.awaits_copies(chunk):
+                raise ReplyError(Status.NO_COPIES)
+            if not usable:
                 return await self._without_copies(session, ask, chunk)
             clean = not ask.failed and not chunk.lock
-            if clean and self._is_proven(chunk, good) and len(good) >= self._attainable(chunk):
-                granted = await self._commit_grant(session, ask, raise_version=False)
-                return self._map(granted, good, granted.version)
-            return await self._raise(session, ask, good)
+            if clean and self._is_proven(chunk, usable) and len(usable) >= self._attainable(chunk):
+                granted = await self._commit_grant(session, ask)
+                return self._map(granted, usable, granted.version)
+            return await self._raise(session, ask, usable, verdict.version)
 
     async def settle(self, chunk: ChunkRow) -> None:
         """Bring the good copies of an unlocked chunk to one new committed version."""
@@ -165,9 +184,9 @@ class Grants:
             now = read.chunk(self._rows, chunk.id)
             if now is None or (now.lock and now.lock_session):
                 return
-            good = list(self.verdict(now).chosen)
-            if good:
-                await self._raise(0, ask, good, unlock=True)
+            verdict = self.verdict(now)
+            if verdict.chosen:
+                await self._raise(0, ask, list(verdict.chosen), verdict.version, unlock=True)
 
     def _is_proven(self, chunk: ChunkRow, good: Iterable[bytes]) -> bool:
         return self._proven.get(chunk.id) == frozenset(good)
@@ -191,23 +210,24 @@ class Grants:
         servers = choose_servers(self._hub.candidates(), goal, ask.failed, self._draw)
         if not servers:
             raise ReplyError(Status.NO_SERVERS)
-        granted = await self._commit_grant(session, ask, raise_version=False, replace=replace)
+        granted = await self._commit_grant(session, ask, replace=replace)
         self._proven[granted.chunk] = frozenset(servers)
         self._expected[granted.chunk] = tuple(servers)
         return self._map(granted, servers, granted.version)
 
     async def _raise(
-        self, session: int, ask: m.WriteChunk, good: list[bytes], *, unlock: bool = False
-    ) -> m.ChunkMap:
-        """Raise the copies on `good` and make theirs the committed version.
+        self, session: int, ask: m.WriteChunk, chosen: list[bytes], source: int, *,
+        unlock: bool = False,
+    ) -> m.ChunkMap:  # fmt: skip
+        """Raise the copies on `chosen`, of version `source`, and make theirs the committed version.
 
         A version may be committed only if every order that could put it on a disk has succeeded: a
         server that obeyed, but whose answer was lost, would hold the committed version without the
         writes that follow. So after any failure the rest is raised once more, beyond its reach.
         """
-        servers, replicated = good, unlock
+        servers, replicated = chosen, unlock
         while True:
-            granted = await self._commit_grant(session, ask, raise_version=True)
+            granted = await self._commit_grant(session, ask, source=source)
             self.forget(granted.chunk)
             order = m.RaiseVersion(self._term(), granted.chunk, granted.reserved, granted.lock)
             raised = await self._hub.order_all({uuid: order for uuid in servers})
@@ -273,9 +293,10 @@ class Grants:
             self._proven[chunk] -= {server}
 
     async def _commit_grant(
-        self, session: int, ask: m.WriteChunk, *, raise_version: bool, replace: bool = False
+        self, session: int, ask: m.WriteChunk, *, source: int = 0, replace: bool = False
     ) -> Granted:
-        op = GrantWrite(ask.inode, ask.index, raise_version, replace)
+        """`source`: reserve a version for copies that have this one now."""
+        op = GrantWrite(ask.inode, ask.index, source > 0, replace, source)
         return decode(Granted, await self._proposer.commit(op, session))
 
     def _map(self, granted: Granted, servers: Sequence[bytes], version: int) -> m.ChunkMap:

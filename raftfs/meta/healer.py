@@ -22,7 +22,7 @@ from raftfs.const import ORPHAN_DELAY_S
 from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.meta.chunkhub import ChunkHub
 from raftfs.meta.grants import Grants
-from raftfs.meta.plan.healing import Verdict
+from raftfs.meta.plan.healing import Verdict, spared, unsettled
 from raftfs.meta.plan.placement import choose_servers
 from raftfs.meta.proposer import Proposer
 from raftfs.meta.state import read
@@ -158,7 +158,7 @@ class Healer:
         self._set_counts(chunk_id, verdict if chunk.born else None)
         if chunk.lock and chunk.lock_session:
             return  # a writer is at work; its unlock has the chunk examined again
-        if not verdict.chosen:
+        if not verdict.chosen or self._grants.awaits_copies(chunk):
             return
         if verdict.settle or chunk.lock:  # the latter: a dead leader's unfinished settling
             self._begin(chunk_id, self._grants.settle(chunk))
@@ -225,7 +225,8 @@ class Healer:
         targets = choose_servers(free, verdict.wanted, [*verdict.chosen, *holders], random.random)
         usable = {c.server for c in free}
         for server, version in verdict.stale:
-            if len(targets) < verdict.wanted and server in usable and version < chunk.version:
+            needed = len(targets) < verdict.wanted and server in usable
+            if needed and self._may_go(chunk, server, version):
                 await self._destroy(chunk.id, version, server, "stale, its server is needed")
                 targets.append(server)
         return targets
@@ -239,7 +240,7 @@ class Healer:
             if verdict.settle or verdict.wanted:
                 return
             for server, version in verdict.stale:
-                if version < now.version:
+                if self._may_go(now, server, version):
                     await self._destroy(now.id, version, server, "stale")
             if verdict.surplus:
                 fullest = min(verdict.chosen, key=lambda s: self._hub.servers[s].free)
@@ -248,6 +249,27 @@ class Healer:
                 self._grants.prove_less(now.id, fullest)
         if verdict.surplus > 1:
             self.examine([chunk.id], delay_s=0.0)
+
+    def _may_go(self, chunk: ChunkRow, server: bytes, version: int) -> bool:
+        """Whether a stale copy may be destroyed; one that a restore made stale is kept as long as
+        an orphan is.
+        """
+        if version >= chunk.version:
+            return False
+        if not spared(chunk.version, chunk.restored, chunk.settled, version):
+            return True
+        return self._kept_long_enough(chunk.id, server, version)
+
+    def _kept_long_enough(self, chunk: int, server: bytes, version: int) -> bool:
+        """For copies that hold what a restore has forgotten; tells the operator of each once."""
+        now = time.monotonic()
+        if (chunk, server) not in self._orphans:
+            self._orphans[chunk, server] = now
+            log.warning(
+                "copy newer than the restored metadata is kept", chunk=f"{chunk:016X}",
+                version=version, server=server.hex(), seconds=self._config.orphan_delay_s,
+            )  # fmt: skip
+        return now >= self._orphans[chunk, server] + self._config.orphan_delay_s
 
     async def _destroy(self, chunk: int, version: int, server: bytes, reason: str) -> None:
         await self._hub.order(server, m.Destroy(self._hub.term, chunk, version))
@@ -273,8 +295,12 @@ class Healer:
             after = doomed[-1]
             orders: dict[bytes, list[int]] = {}
             for chunk in doomed:
-                for server in self._hub.copies_of(chunk, fenced=True):
-                    orders.setdefault(server, []).append(chunk)
+                row = read.chunk(self._rows, chunk)
+                for server, version in self._hub.copies_of(chunk, fenced=True).items():
+                    # A restore may have brought back a time before it was written.
+                    unsure = row is not None and unsettled(row.version, row.restored)
+                    if not unsure or self._kept_long_enough(chunk, server, version):
+                        orders.setdefault(server, []).append(chunk)
             await asyncio.gather(*(self._destroy_all(s, c) for s, c in orders.items()))
             gone = [c for c in doomed if not self._hub.copies_of(c, fenced=False)]
             await asyncio.gather(*(self._proposer.propose(0, 0, ForgetChunk(c)) for c in gone))

@@ -11,6 +11,7 @@ Reading checks everything: each piece, order, counts, and at the end the digest.
 """
 
 import os
+import re
 import struct
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from raftfs.wire.frame import crc32
 
 FORMAT = 1
 MAGIC = b"RAFTFS IMAGE\r\n\x1a\n"  # a copy that changed line ends is noticed at once
+_NAME = re.compile(r"metadata(_ml)?\.mfs\.back(\.\d+)?")
 _PIECE = struct.Struct(">4sII")
 _ROWS_IN_PIECE = 1_000
 _PIECE_MAX = 64 << 20  # a thousand of the longest rows are far below it
@@ -183,6 +185,11 @@ def _write_piece(file: IO[bytes], name: str, content: Any) -> None:
     payload = cbor2.dumps(content, canonical=True)
     start = name.encode() + len(payload).to_bytes(4, "big")
     file.write(start + crc32(payload, crc32(start)).to_bytes(4, "big") + payload)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder, by the names that masters and metaloggers give them."""
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ log = structlog.get_logger("raftfs.master")
 
 # A master's ports, counted from its Raft port (its item in --peers, by default 9418).
 CHUNKSERVERS, CLIENTS = 2, 3
+# After a bootstrap, for chunkservers to come back whose copies may be newer than the metadata.
+_PATIENCE_S = 60.0
 
 
 class MasterConfig(NamedTuple):
@@ -43,6 +45,7 @@ class MasterConfig(NamedTuple):
     join: bool = False
     export_lines: tuple[exports.ExportLine, ...] = ()
     healing: HealingConfig = HealingConfig()
+    bootstrapped: bool = False  # just now, in this process
     kept_log_bytes: int = KEPT_LOG_BYTES
 
     @property
@@ -86,6 +89,7 @@ class Master:
             ReplicaConfig(
                 name=config.name, peers=config.peers, data_dir=config.data_dir,
                 join=config.join, checkpoints=_limits(config.kept_log_bytes),
+                cluster=read.totals(self.store).cluster,
             ),
             self.store,
             key,
@@ -97,7 +101,10 @@ class Master:
             on_change=lambda chunks: self.healer.examine(chunks),
             masters=lambda: [_chunkserver_address(name) for name in self.replica.members],
         )
-        self.grants = Grants(self.store, self.hub, self.proposer, lambda: self.replica.term)
+        self.grants = Grants(
+            self.store, self.hub, self.proposer, lambda: self.replica.term,
+            patience_s=_PATIENCE_S if config.bootstrapped else 0.0,
+        )  # fmt: skip
         self.healer = Healer(self.store, self.hub, self.grants, self.proposer, config.healing)
         self.service = ClientService(
             self.store, self.replica, self.proposer, self.grants, self.healer,

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from raftfs.errors import InvariantError, UserError, status_text
+from raftfs.errors import InvariantError, ReplyError, UserError, status_text
 from raftfs.meta import changelogfiles, image, statefile
 from raftfs.meta.changelogfiles import Numbered, Survey
 from raftfs.meta.image import ImageHead
-from raftfs.meta.state import changelog, invariants, read
+from raftfs.meta.state import changelog, invariants, mend, read
 from raftfs.meta.state.changelog import ChangelogError, Line
 from raftfs.meta.store import MetaStore
 from raftfs.wire.ops import Batch, encode_batch
@@ -42,7 +42,7 @@ class Until(NamedTuple):
 class Restored(msgspec.Struct, frozen=True):
     """What came out. `index`: the last entry of the Raft log that is known to be in it. `time` (ns)
     of the last line. `lines` were replayed, `digests` compared. `problem`: why the replay ended
-    early ("": it did not).
+    early ("": it did not). `mended`: what was edited to make the structure sound.
     """
 
     version: int
@@ -52,6 +52,7 @@ class Restored(msgspec.Struct, frozen=True):
     lines: int
     digests: int
     problem: str
+    mended: list[str]
     nodes: int
     chunks: int
     sessions: int
@@ -64,13 +65,15 @@ def restore(
     *,
     until: Until = Until(),  # noqa: B008
     best_effort: bool = False,
+    ignore_structure: bool = False,
     force: bool = False,
     report: Callable[[str], None] = lambda text: None,
 ) -> Restored:
     """The state of the image `start` (None: the empty one) after the lines behind it in
     `changelogs`, written to `target` as an image (None: nothing is written, only checked).
 
-    `best_effort`: at the first line that is missing or bad, keep what there is. `force`: read and
+    `best_effort`: at the first line that is missing or bad, keep what there is.
+    `ignore_structure`: mend what breaks the invariants instead of refusing it. `force`: read and
     check all changelogs, also those that the image makes needless. `report` hears what is being
     done. RestoreError, ImageError or another UserError.
     """
@@ -82,7 +85,7 @@ def restore(
     try:
         replay = _Replay(start, scratch / "state.mdb", until, report)
         try:
-            surveys = _needed(changelogs, replay.version, force, report)
+            surveys = _needed(changelogs, replay.version, best_effort, force, report)
             replay.run(surveys, best_effort, force)
             if replay.spoiled:  # the bad line has changed something: once more, up to before it
                 replay.close()
@@ -90,7 +93,7 @@ def restore(
                 replay = _Replay(start, scratch / "again.mdb", good, report)
                 replay.run(surveys, best_effort, force)
                 replay.problem = problem
-            replay.check_structure()
+            replay.check_structure(ignore_structure)
         finally:
             replay.close()
         if target is not None:
@@ -102,17 +105,21 @@ def restore(
 
 
 def _needed(
-    changelogs: Sequence[Path], version: int, force: bool, report: Callable[[str], None]
-) -> list[Survey]:
-    surveys = []
-    for path in changelogs:
-        survey = changelogfiles.survey(path)
-        if survey.lines and survey.last <= version and not force:
-            report(f"{path}: lines {survey.first} to {survey.last}: not needed")
+    changelogs: Sequence[Path], version: int, best_effort: bool, force: bool,
+    report: Callable[[str], None],
+) -> list[Survey]:  # fmt: skip
+    """The files that may have lines behind `version`. RestoreError if one cannot be read."""
+    surveys, needed = [changelogfiles.survey(path) for path in changelogs], []
+    for one in surveys:
+        covered = any(one.first < other.first <= version + 1 for other in surveys)
+        if not force and (covered if one.problem else one.last <= version):
+            report(f"{one.path}: lines {one.first} to {one.last}: not needed")
             continue
-        report(f"{path}: lines {survey.first} to {survey.last}")
-        surveys.append(survey)
-    return surveys
+        if one.problem and not best_effort:
+            raise RestoreError(f"{one.problem} (-b restores up to there)")
+        report(f"{one.path}: lines {one.first} to {one.last}")
+        needed.append(one)
+    return needed
 
 
 class _Replay:
@@ -126,6 +133,7 @@ class _Replay:
         self.version = self.index = self.term = self.time = 0
         self.lines = self.digests = 0
         self.problem = ""
+        self.mended: list[str] = []
         self.spoiled = False  # a line was applied that should not have been
         self._last_text = ""
         self._open: MetaStore | None = None
@@ -247,20 +255,26 @@ class _Replay:
 
     # --- the result
 
-    def check_structure(self) -> None:
-        """RestoreError unless all invariants hold."""
+    def check_structure(self, mend_it: bool) -> None:
+        """RestoreError unless all invariants hold, if need be after mending."""
         try:
             invariants.check_all(self._store)
-        except InvariantError as e:
-            raise RestoreError(
-                f"the structure of the state after line {self.version} is not sound: {e}"
-            ) from None
+        except (InvariantError, LookupError, ReplyError) as e:
+            if not mend_it:
+                raise RestoreError(
+                    f"the structure of the state after line {self.version} is not sound: {e} "
+                    "(-i mends it)"
+                ) from None
+            self.mended = mend.mend(self._store)
+            invariants.check_all(self._store)
+            self._store.applied = (self._store.applied[0] + 1, self.term)  # there is news to write
 
     def result(self) -> Restored:
         """What there is now."""
         return Restored(
             self.version, self.index, self.time, self._digest, self.lines, self.digests,
-            self.problem, self._totals.nodes, self._totals.chunks, self._totals.sessions,
+            self.problem, self.mended, self._totals.nodes, self._totals.chunks,
+            self._totals.sessions,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -187,13 +187,15 @@ class GrantWrite(Tagged, tag=11):
 
     `raise_version`: reserve the next version, because copies may differ. `replace`: give the index
     a new chunk, because nothing was ever acknowledged on the old one and none of its servers is
-    left. ELOCKED (Status.LOCKED) when another session holds the lock.
+    left. `source`: the version of the copies that are to be raised, 0 if none are; only chunks of
+    a restored state remember it. ELOCKED (Status.LOCKED) when another session holds the lock.
     """
 
     inode: int
     index: int
     raise_version: bool
     replace: bool = False
+    source: int = 0
 
 
 class SetVersion(Tagged, tag=12):
@@ -288,7 +290,7 @@ class EndSession(Tagged, tag=19):
 
 class Found(Tagged, tag=20):
     """The first entry of a new cluster: its UUID, its masters (name -> identity), its root
-    directory.
+    directory. In a cluster that was bootstrapped from an image: only its masters.
 
     Ignored ever after. -> None.
     """

@@ -3,6 +3,9 @@
 A copy at the committed version, or at a higher one that an unfinished grant reserved, has every
 acknowledged byte: it is good. An older one is stale. Good copies of different versions may differ
 in bytes that nobody acknowledged, so one group of equal version is chosen before the next write.
+
+After a restore the metadata may be older than the copies: whatever raised their versions meanwhile
+is forgotten. Then the newest copies have every acknowledged byte, and only they.
 """
 
 from collections.abc import Mapping
@@ -25,16 +28,40 @@ class Verdict(NamedTuple):
     surplus: int
 
 
-def judge(committed: int, reserved: int, goal: int, copies: Mapping[bytes, int]) -> Verdict:
+def good(
+    committed: int, reserved: int, copies: Mapping[bytes, int], restored: int = 0
+) -> dict[bytes, int]:
+    """The copies (server -> version) that may be read."""
+    found = {s: v for s, v in copies.items() if committed <= v <= max(committed, reserved)}
+    if unsettled(committed, restored):
+        newest = max(found.values(), default=0)
+        found = {server: version for server, version in found.items() if version == newest}
+    return found
+
+
+def unsettled(committed: int, restored: int) -> bool:
+    """Whether a restored chunk has not been written since, so that unknown copies may be newer."""
+    return restored > 0 and committed <= restored
+
+
+def spared(committed: int, restored: int, settled: int, version: int) -> bool:
+    """Whether a copy that does not count any more has bytes that those which count lack: it is
+    of the time that a restore forgot, and was not there when the others were chosen.
+    """
+    return not unsettled(committed, restored) and settled < version <= restored
+
+
+def judge(
+    committed: int, reserved: int, goal: int, copies: Mapping[bytes, int], restored: int = 0
+) -> Verdict:
     """Weigh `copies` (server -> version) of a chunk at version `committed`, up to `reserved`.
 
     Of several groups of good copies the largest is chosen (losing a copy costs more than bytes that
-    nobody acknowledged); of equally large ones the newest.
+    nobody acknowledged); of equally large ones, and after a restore, the newest.
     """
     groups: dict[int, list[bytes]] = {}
-    for server, version in copies.items():
-        if committed <= version <= max(committed, reserved):
-            groups.setdefault(version, []).append(server)
+    for server, version in good(committed, reserved, copies, restored).items():
+        groups.setdefault(version, []).append(server)
     version = max(groups, key=lambda v: (len(groups[v]), v), default=committed)
     chosen = tuple(sorted(groups.get(version, ())))
     stale = tuple((s, v) for s, v in sorted(copies.items()) if s not in chosen)

@@ -28,13 +28,16 @@ class Identity:
     """This replica's identity file. Every change is durable when the method returns."""
 
     def __init__(
-        self, path: Path, name: str, uuid: bytes, voter: bool, peers: dict[str, bytes]
-    ) -> None:
+        self, path: Path, name: str, uuid: bytes, voter: bool, peers: dict[str, bytes],
+        origin: bytes = b"",
+    ) -> None:  # fmt: skip
+        """`origin`: which image this replica was bootstrapped from, b"" if from none."""
         self._path = path
         self.name = name
         self.uuid = uuid
         self.voter = voter
         self.peers = peers
+        self.origin = origin
 
     @classmethod
     def load_or_create(
@@ -67,7 +70,9 @@ class Identity:
                 f"{path.parent} is the data folder of master {kept['name']}, not of {name}: "
                 "give the right --data or --name"
             )
-        return cls(path, name, kept["uuid"], kept["voter"], dict(kept["peers"]))
+        return cls(
+            path, name, kept["uuid"], kept["voter"], dict(kept["peers"]), kept.get("origin", b"")
+        )
 
     def learn(self, name: str, uuid: bytes) -> None:
         """Remember the identity of a peer."""
@@ -84,7 +89,7 @@ class Identity:
         body = cbor2.dumps(
             {
                 "format": _FORMAT, "name": self.name, "uuid": self.uuid, "voter": self.voter,
-                "peers": self.peers,
+                "peers": self.peers, "origin": self.origin,
             },
             canonical=True,
         )  # fmt: skip

@@ -112,22 +112,26 @@ Message = (
 
 
 class PeerName(Record):
-    """What a replica is called on its links."""
+    """What a replica is called on its links. `origin`: which image it was bootstrapped from."""
 
     name: str
     uuid: bytes
     voter: bool
     joining: bool
+    origin: bytes = b""
 
     def pack(self) -> str:
         """As the one string that the handshake authenticates."""
         kind = "voter" if self.voter else "joining" if self.joining else "learner"
-        return f"{self.name}|{self.uuid.hex()}|{kind}"
+        origin = f"|{self.origin.hex()}" if self.origin else ""
+        return f"{self.name}|{self.uuid.hex()}|{kind}{origin}"
 
     @classmethod
     def parse(cls, text: str) -> "PeerName":
         """Inverse of `pack`. ValueError for anything else."""
-        name, uuid, kind = text.split("|")
+        name, uuid, kind, *more = text.split("|")
+        (origin,) = more or ("",)
         if kind not in ("voter", "joining", "learner"):
             raise ValueError(kind)
-        return cls(name, bytes.fromhex(uuid), kind == "voter", kind == "joining")
+        origin_bytes = bytes.fromhex(origin)
+        return cls(name, bytes.fromhex(uuid), kind == "voter", kind == "joining", origin_bytes)

@@ -63,6 +63,7 @@ class ReplicaConfig(NamedTuple):
     learner: bool = False
     join: bool = False  # come as a learner, in a lost master's place or as a new one; vote later
     checkpoints: CheckpointLimits = CheckpointLimits()
+    cluster: bytes = b""  # the UUID that the state has already, if it was bootstrapped
 
 
 class Machine(Freezing, Protocol):
@@ -208,7 +209,7 @@ class Replica:
     def _me(self) -> PeerName:
         identity = self._identity
         joining = not identity.voter and not self.config.learner
-        return PeerName(identity.name, identity.uuid, identity.voter, joining)
+        return PeerName(identity.name, identity.uuid, identity.voter, joining, identity.origin)
 
     async def _open_links(self) -> None:
         self._links = self._around.links(
@@ -284,6 +285,10 @@ class Replica:
             return Refused(f"master {peer.name} is not one of {masters}")
         known = self._known().get(peer.name)
         if known is None:
+            # Of those who found a cluster together; whoever joins later gets a snapshot.
+            founding = self._identity.voter and not self._known_members
+            if founding and peer.origin != self._identity.origin:
+                return Refused(_other_origin(peer, self._identity))
             self._identity.learn(peer.name, peer.uuid)
             known = peer.uuid
         # A learner counts for nothing, so nobody can misuse it; and it may have been away while a
@@ -416,7 +421,7 @@ class Replica:
         if now - self._membership_asked > 1.0:
             self._membership_asked = now
             if not self._known_members:
-                uuid = self._around.new_uuid()
+                uuid = self.config.cluster or self._around.new_uuid()
                 everybody = self._identity.peers | {self.config.name: self._identity.uuid}
                 self._propose_own(Found(uuid, everybody))
             self._promote_joined(core)
@@ -685,6 +690,16 @@ class Replica:
 
 def _removed(name: str) -> str:
     return f"master {name} was removed from the cluster"
+
+
+def _other_origin(peer: PeerName, mine: Identity) -> str:
+    def begun(origin: bytes) -> str:
+        return f"from image {origin.hex()}" if origin else "without an image"
+
+    return (
+        f"master {peer.name} was begun {begun(peer.origin)}, {mine.name} {begun(mine.origin)}: "
+        "begin all masters on empty folders, with --bootstrap and the same image"
+    )
 
 
 def _forget(future: "asyncio.Future[Any]") -> None:

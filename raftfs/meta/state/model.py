@@ -88,6 +88,12 @@ class ChunkRow(Record):
     it; 0: doomed. `goal`: the highest of its files'. `lock`: 0, or the token of the running grant,
     held by `lock_session`. `born`: some write was committed. `owner`, `index`: the file and index
     that refer to it.
+
+    `restored`: 0, or the chunk came out of a restore: copies from before it may have versions up
+    to this one, of which the restored metadata know nothing; the newest counts. Until a grant
+    raises the chunk beyond. `settled`: the version of the copies that were raised first then; an
+    older one of up to `restored` that turns up later with a higher version has bytes that these
+    lack.
     """
 
     id: int
@@ -101,6 +107,8 @@ class ChunkRow(Record):
     born: bool
     owner: int
     index: int
+    restored: int = 0
+    settled: int = 0
 
 
 class SessionRow(Record):

@@ -65,12 +65,14 @@ def end_session(c: Change, op: ops.EndSession) -> None:
 
 def found(c: Change, op: ops.Found) -> None:
     """The cluster begins: its UUID, its masters, the root directory."""
-    if c.tally.cluster:
+    if read.members(c.rows):
         c.no_line = True  # two leaders may both have thought that they were the first
         return
-    c.tally.cluster = op.cluster
     for name, uuid in sorted(op.members.items()):
         c.rows.put(model.member_key(name), MemberRow(uuid))
+    if c.tally.cluster:
+        return  # bootstrapped from an image: everything else is there
+    c.tally.cluster = op.cluster
     invariant(c.tally.next_inode == ROOT_INODE, "the root directory must be the first node")
     c.tally.next_inode += 1
     c.tally.nodes += 1

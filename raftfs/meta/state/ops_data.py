@@ -63,6 +63,9 @@ def grant_write(c: Change, op: ops.GrantWrite) -> Granted:
     reserved = max(chunk.version, chunk.reserved) + 1 if op.raise_version and old else 0
     lock = c.tally.next_lock
     c.tally.next_lock += 1
+    if op.source and chunk.restored and not chunk.settled:
+        # Before any copy is raised, so that nobody who dies in between makes it forgotten.
+        chunk = replace(chunk, settled=op.source)
     chunk = replace(
         chunk, reserved=reserved or chunk.reserved, lock=lock, lock_session=c.session,
         lock_time=c.now,

@@ -7,7 +7,9 @@ import random
 import pytest
 
 from raftfs.errors import LinkError, NotLeader, ReplyError, Status
+from raftfs.meta.grants import Grants
 from raftfs.meta.state import read
+from raftfs.meta.state.model import ChunkRow
 from raftfs.wire import messages as m
 from raftfs.wire import ops
 from tests.unit.meta.fake_cluster import World
@@ -143,45 +145,51 @@ async def torture(seed: int, steps: int = 120) -> int:
     grants = await world.elect()
     grant: m.ChunkMap | None = None
     for _ in range(steps):
-        step = chance.random()
-        if step < 0.45:
-            failed = world.write(grant, 0.1) if grant is not None else []
-            acked = bool(grant and world.acked.get(grant.chunk))
-            if failed or grant is None:
-                work = asyncio.ensure_future(
-                    grants.grant(world.session, ask(world, failed, acked))
-                )
-                if chance.random() < 0.2:  # the leader dies at some await of this grant
-                    for _ in range(chance.randrange(12)):
-                        await asyncio.sleep(0)
-                    grants = await world.elect()
-                try:
-                    grant = await work
-                except (ReplyError, LinkError, NotLeader):
-                    grant = None
-        elif step < 0.6 and grant is not None:
-            world.finish(grant)
-            grant = None
-        elif step < 0.75:
-            up = [s for s in world.servers if s.up]
-            if len(up) > 1:
-                world.crash(chance.choice(up))
-        elif step < 0.92:
-            down = [s for s in world.servers if not s.up]
-            if down:
-                world.restart(chance.choice(down))
-        else:
-            grants = await world.elect()
-        world.report()
-        world.check()
-        row, _ = read.file_chunk(world.rows, world.inode, 0)
-        if row is not None and not row.lock:
-            await settle(world, grants, row)
-            world.check()
+        grants, grant = await torture_step(world, grants, grant, chance)
     return sum(map(len, world.acked.values()))
 
 
-async def settle(world: World, grants, row) -> None:
+async def torture_step(
+    world: World, grants: Grants, grant: m.ChunkMap | None, chance: random.Random
+) -> tuple[Grants, m.ChunkMap | None]:
+    """One of the things that can happen; gives leader and grant after it."""
+    step = chance.random()
+    if step < 0.45:
+        failed = world.write(grant, 0.1) if grant is not None else []
+        acked = bool(grant and world.acked.get(grant.chunk))
+        if failed or grant is None:
+            work = asyncio.ensure_future(grants.grant(world.session, ask(world, failed, acked)))
+            if chance.random() < 0.2:  # the leader dies at some await of this grant
+                for _ in range(chance.randrange(12)):
+                    await asyncio.sleep(0)
+                grants = await world.elect()
+            try:
+                grant = await work
+            except (ReplyError, LinkError, NotLeader):
+                grant = None
+    elif step < 0.6 and grant is not None:
+        world.finish(grant)
+        grant = None
+    elif step < 0.75:
+        up = [s for s in world.servers if s.up]
+        if len(up) > 1:
+            world.crash(chance.choice(up))
+    elif step < 0.92:
+        down = [s for s in world.servers if not s.up]
+        if down:
+            world.restart(chance.choice(down))
+    else:
+        grants = await world.elect()
+    world.report()
+    world.check()
+    row, _ = read.file_chunk(world.rows, world.inode, 0)
+    if row is not None and not row.lock:
+        await settle(world, grants, row)
+        world.check()
+    return grants, grant
+
+
+async def settle(world: World, grants: Grants, row: ChunkRow) -> None:
     """What the healer does with an unlocked chunk whose good copies differ."""
     if grants.verdict(row).settle:
         try:

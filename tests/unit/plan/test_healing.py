@@ -2,7 +2,7 @@
 
 import pytest
 
-from raftfs.meta.plan.healing import judge
+from raftfs.meta.plan.healing import good, judge, spared
 from raftfs.meta.plan.placement import Candidate, choose_servers, read_order
 
 A, B, C, D = b"a", b"b", b"c", b"d"
@@ -34,6 +34,36 @@ def test_judge(committed, reserved, goal, copies, chosen, settle, wanted, surplu
     assert verdict.settle is settle
     assert (verdict.wanted, verdict.surplus) == (wanted, surplus)
     assert verdict.stale == stale
+
+
+@pytest.mark.parametrize(
+    ("committed", "reserved", "copies", "chosen", "settle", "readable"),
+    [
+        # as the image says; unknown copies may still come, but nothing need be raised for that
+        (3, 100, {A: 3, B: 3}, (A, B), False, {A, B}),
+        # the lost masters went on with fewer copies: these count, alone
+        (3, 100, {A: 3, B: 3, C: 5}, (C,), True, {C}),
+        (3, 100, {A: 4, B: 5, C: 5, D: 3}, (B, C), True, {B, C}),
+        # being raised by the new masters
+        (3, 102, {A: 3, B: 101, C: 5}, (B,), True, {B}),
+        # raised: judged like any other, what is of the lost time is stale
+        (101, 101, {A: 101, B: 99}, (A,), False, {A}),
+        (101, 103, {A: 101, B: 101, C: 103}, (A, B), False, {A, B, C}),
+        (3, 100, {A: 2}, (), False, set()),
+        (3, 100, {A: 101}, (), False, set()),
+    ],
+)
+def test_judge_after_a_restore(committed, reserved, copies, chosen, settle, readable) -> None:
+    verdict = judge(committed, reserved, 2, copies, restored=100)
+    assert (verdict.chosen, verdict.settle) == (chosen, settle)
+    assert set(good(committed, reserved, copies, restored=100)) == readable
+
+
+def test_what_is_spared() -> None:
+    """Copies of the lost time that are newer than those which were raised."""
+    assert [v for v in range(1, 105) if spared(101, 100, 98, v)] == [99, 100]
+    assert not any(spared(50, 100, 0, v) for v in range(105)), "not raised yet: nothing is stale"
+    assert not any(spared(7, 0, 0, v) for v in range(9)), "never restored"
 
 
 def _draws(*numbers: float):

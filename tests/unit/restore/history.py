@@ -69,6 +69,11 @@ class History:
         for _ in range(steps):
             self._step()
 
+    def reach(self, version: int) -> None:
+        """Random operations until that line is there."""
+        while self.version < version:
+            self._step()
+
     def _step(self) -> None:
         draw = self.random
         row = self.store.get(COUNTERS_KEY)
