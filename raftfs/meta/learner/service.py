@@ -211,9 +211,11 @@ def _pass_on(ended: "asyncio.Future[Any]", failed: "asyncio.Future[None]") -> No
 
 def _last_night(now: float, hour: int) -> float:
     """The last moment at which the clock of this place showed that hour."""
-    local = time.localtime(now)
-    tonight = time.mktime((*local[:3], hour, 0, 0, 0, 0, -1))
-    return tonight if tonight <= now else tonight - 86_400
+    year, month, day = time.localtime(now)[:3]
+    nights = (
+        time.mktime((year, month, d, hour, 0, 0, 0, 0, -1)) for d in (day, day - 1, day - 2)
+    )
+    return next(night for night in nights if night <= now)
 
 
 def problems(folder: Path) -> list[str]:
