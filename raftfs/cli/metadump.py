@@ -36,20 +36,23 @@ def main(argv: list[str] | None = None) -> int:
     """Run the tool. Returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        found, files = getopt.gnu_getopt(words, "ds:")
+        found, files = getopt.gnu_getopt(words, "ds:", ["help"])
     except getopt.GetoptError as e:
         print(f"{PROGRAM}: {e.msg}", file=sys.stderr)
         return output.usage(USAGE)
+    options = dict(found)
+    if "--help" in options:
+        print(USAGE)
+        return 0
     if len(files) != 1:
         return output.usage(USAGE)
-    options = dict(found)
     section = options.get("-s", "")
     if section and section not in ("HEAD", *_MEANING):
         print(f"{PROGRAM}: there is no section {section}; see {PROGRAM} without arguments",
               file=sys.stderr)  # fmt: skip
         return 1
     try:
-        return dump(Path(files[0]), section, dots="-d" in options)
+        return output.piped(lambda: dump(Path(files[0]), section, dots="-d" in options))
     except UserError as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)
         return e.exit_status

@@ -38,7 +38,8 @@ usage: mfsmetarestore [-f] [-b] [-i] [-x [-x]] [--until WHEN] -m META -o OUT [CH
  -d DIR - their folder, for -a (default: {DATA})
  -b - if a line is missing or bad: save what can be had before it
  -i - ignore errors of the structure: what hangs in the air is linked to the root directory
- -f - read and check all changelogs, also those that the image makes needless
+ -f - read and check everything: also changelogs that the image makes needless, and the structure
+      of more than a million files and chunks (which takes much memory)
  -x - tell what is being done; twice: tell more
  -v - print the version
  --until WHEN - not beyond a changelog line (123456), or a moment
@@ -72,7 +73,7 @@ class _Options:
         found, self.changelogs = _words(argv)
         given = {name for name, _ in found}
         values = dict(found)
-        self.version = "-v" in given
+        self.version, self.help = "-v" in given, bool(given & {"-h", "--help"})
         self.auto, self.verify = "-a" in given, "--verify" in given
         self.force, self.best_effort, self.ignore = ("-f" in given, "-b" in given, "-i" in given)
         self.verbose = sum(name == "-x" for name, _ in found)
@@ -80,7 +81,7 @@ class _Options:
         self.out = Path(values["-o"]) if "-o" in given else None
         self.folder = Path(values.get("-d", DATA))
         self.until = parse_until(values["--until"]) if "--until" in given else Until()
-        if self.version:
+        if self.version or self.help:
             return
         if self.auto and (given & {"-m", "-o"} or self.changelogs):
             _wrong("-a finds the files itself: it goes without -m, -o and changelogs")
@@ -117,13 +118,16 @@ def main(argv: list[str] | None = None) -> int:
         return output.usage(USAGE)
     except UserError as e:
         return _failed(e)
+    if options.help:
+        print(USAGE)
+        return 0
     if options.version:
         print(f"version: {__version__}")
         return 0
     try:
         if options.dump:
-            assert options.meta is not None
-            return metadump.dump(options.meta)
+            image_file = options.meta or Path()
+            return output.piped(lambda: metadump.dump(image_file))
         done = _auto(options) if options.auto else _given(options)
     except UserError as e:
         return _failed(e)
@@ -199,6 +203,8 @@ def _tell(options: _Options, done: Restored) -> None:
         print(f"{PROGRAM}: saved what could be had: {done.problem}", file=sys.stderr)
     for edit in done.mended if options.verbose > 1 else ():
         print(f"mended: {edit}")
+    if not done.structure_checked:
+        print("structure not checked: so many files take much memory (-f checks any number)")
     if done.mended:
         print(f"structure mended: {len(done.mended)} edits")
     if options.verify:

@@ -4,6 +4,7 @@ import getopt
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _UNITS = {"k": (1024, "kibi"), "m": (1024**2, "mebi"), "g": (1024**3, "gibi")}
@@ -71,6 +72,17 @@ def counts_by_copies(counts: dict[int, int], style: str) -> list[str]:
         + number(chunks, style, 11)
         for label, chunks in merged.items()
     ]
+
+
+def piped(run: Callable[[], int]) -> int:
+    """Run what prints much; a reader that has seen enough (`| head`) ends it quietly."""
+    try:
+        status = run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 def print_json(value: Any) -> None:

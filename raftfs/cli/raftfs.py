@@ -1,11 +1,11 @@
 """`raftfs`: every command under one name. `raftfs COMMAND --help` tells the rest."""
 
 import importlib
-import os
 import sys
 from pathlib import Path
 
 from raftfs import __version__
+from raftfs.cli import output
 from raftfs.errors import UserError
 
 # command -> (module in raftfs.cli, one line)
@@ -49,14 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"raftfs: no command {name!r}; see raftfs --help", file=sys.stderr)
         return 2
     module = importlib.import_module(f"raftfs.cli.{COMMANDS[name][0]}")
-    try:
-        run = module.main_leader if name == "leader" else module.main
-        status = int(run(rest))
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; nothing may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status
+    run = module.main_leader if name == "leader" else module.main
+    return output.piped(lambda: int(run(rest)))
 
 
 def _keygen(words: list[str]) -> int:

@@ -92,6 +92,8 @@ SECTIONS = (
     Section("CNTR", b"Z", (("group", 8),)),
 )
 _BY_NAME = {section.name: section for section in SECTIONS}
+_encoder, _plain = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder()
+_ROWS: dict[int, Any] = {t: msgspec.msgpack.Decoder(kind) for t, kind in model.TABLES.items()}
 _BY_TABLE = {section.table[0]: section for section in SECTIONS}
 
 
@@ -105,7 +107,7 @@ def to_values(section: Section, key: bytes, raw: bytes) -> list[Any]:
     for _, width in section.key_fields:
         values.append(int.from_bytes(key[at : at + width], "big") if width else key[at:])
         at += width
-    values += msgspec.msgpack.decode(raw)
+    values += _plain.decode(raw)
     return values
 
 
@@ -117,8 +119,8 @@ def from_values(section: Section, values: list[Any]) -> tuple[bytes, bytes]:
             raise ValueError(name)
         parts.append(value if width == 0 else value.to_bytes(width, "big"))
     rest = values[len(section.key_fields) :]
-    raw = msgspec.msgpack.encode(rest)
-    msgspec.msgpack.decode(raw, type=model.TABLES[section.table[0]])
+    raw = _encoder.encode(rest)
+    _ROWS[section.table[0]].decode(raw)
     return b"".join(parts), raw
 
 

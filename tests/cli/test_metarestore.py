@@ -1,6 +1,8 @@
 """mfsmetarestore and mfsmetadump: every option, every misuse."""
 
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -206,6 +208,13 @@ def test_bad_input(words: list[str], said: str, tool: Tool) -> None:
     assert not (tool.folder / "out").exists()
 
 
+def test_help(tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("-h", "--help"):
+        assert "usage: mfsmetarestore" in tool(word) and tool.err == ""
+    assert metadump.main(["--help"]) == 0
+    assert "usage: mfsmetadump" in capsys.readouterr().out
+
+
 def test_version(tool: Tool) -> None:
     assert re.fullmatch(r"version: \d+\.\d+\.\d+\n", tool("-v"))
 
@@ -240,6 +249,16 @@ def test_dump_of_one_section_with_dots(
     assert capsys.readouterr().out.count("\n") == 2
     assert raftfs.main(["metadump", "-s", "SESS", path]) == 0
     assert capsys.readouterr().out.count("\n") == 3
+
+
+def test_a_reader_that_has_seen_enough(tool: Tool) -> None:
+    path = tool.folder / "metadata_ml.mfs.back"
+    for words in (["metadump", str(path)], ["metarestore", "-m", str(path)]):
+        done = subprocess.run(
+            f"{sys.executable} -m raftfs.cli.{words[0]} {' '.join(words[1:])} | head -c 1",
+            shell=True, capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        assert (done.stdout, done.stderr) == ("[", "")
 
 
 def test_misuse_of_the_dump(tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,8 @@ the kernel happened to write: the whole lines that follow one another are kept, 
 Everything after the state is applied once more, and lines that are there already are passed over.
 
 Lines that will never come, because a snapshot came in their place, are a hole: it is marked by a
-comment and told loudly. Comments have the forms of `changelogfiles.py`. Masters that were restored
-from an image may have gone back in time: then everything here is set aside, and history begins
-anew.
+comment and told loudly. Comments have the forms of `changelogfiles.py`. If the masters have gone
+back in time (old disks were put back), everything here is set aside, and history begins anew.
 """
 
 import os

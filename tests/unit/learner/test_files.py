@@ -324,7 +324,7 @@ def test_masters_that_went_back_in_time_begin_a_new_history(tmp_path: Path) -> N
     restored = MetaStore(tmp_path / "restored.mdb")
     for index, data in enumerate(old[:6], 1):
         restored.apply_entry(index, 5, data)
-    restored.applied = (100, 5)  # masters that were bootstrapped go on far behind the old log
+    restored.applied = (100, 5)  # in other places of the log than before
     restored.freeze()
     restored.write_frozen()
     restored.thaw()

@@ -140,13 +140,19 @@ def unsound(history: History, folder: Path) -> Path:
     return folder / "bad"
 
 
-def test_a_restore_refuses_what_is_not_sound_unless_it_may_mend(tmp_path: Path) -> None:
+def test_a_restore_refuses_what_is_not_sound_unless_it_may_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     history = History(tmp_path, 1)
     history.go_on(40)
     inode = history.write_file(b"orphan to be")
     bad = unsound(history, tmp_path)
     with pytest.raises(RestoreError, match=r"not sound: .*-i mends it"):
         restore(bad, [], tmp_path / "out")
+    monkeypatch.setattr("raftfs.meta.restore.CHECKED_MAX", 3)
+    assert not restore(bad, [], None).structure_checked
+    with pytest.raises(RestoreError, match="not sound"):
+        restore(bad, [], None, force=True)
     done = restore(bad, [], tmp_path / "out", ignore_structure=True)
     assert any(f"as orphan-{inode}" in edit for edit in done.mended)
     again = _rows(tmp_path / "out")
