@@ -1,6 +1,7 @@
 """A metalogger is away, paused, killed: its files stay complete, or say loudly what is missing."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -143,6 +144,38 @@ def test_a_metalogger_that_was_away_misses_nothing(cluster: ScenarioCluster) -> 
     assert metalogger.ask("--status", ok=False)["problems"]
     newest.write_text(text)
     metalogger.ask("--rehearse")
+
+
+@with_metalogger
+def test_each_hour_and_each_night_bring_what_is_due(cluster: ScenarioCluster) -> None:
+    """The files are made to look as if they were written two days ago."""
+    metalogger = Metalogger(cluster)
+    symlinks(cluster, "one", 40)
+    metalogger.wait_until_equal()
+    newest, image = (metalogger.folder / n for n in ("changelog_ml.0.mfs", "metadata_ml.mfs.back"))
+    text, two_days_ago = newest.read_text(), time.time() - 2 * 86_400
+    os.utime(newest, (two_days_ago, two_days_ago))
+    rotated = metalogger.folder / "changelog_ml.1.mfs"
+    cluster.wait("a rotation", rotated.exists)
+    assert rotated.read_text() == text and newest.read_text() == ""
+    symlinks(cluster, "two", 40)
+    digest = metalogger.wait_until_equal()
+    os.utime(image, (two_days_ago, two_days_ago))
+    older = image.with_name(f"{image.name}.1")
+    cluster.wait("a new image", older.exists)
+    rehearsed = json.loads((metalogger.folder / "rehearsal.json").read_text())
+    assert (rehearsed["problem"], rehearsed["digest"]) == ("", digest)
+    assert rehearsed["lines"] > 80, "of both files, and behind the old image"
+    said = [json.loads(x)["event"]
+            for x in (cluster.dir / "log" / "ml1.log").read_text().splitlines()]  # fmt: skip
+    cluster.wait("the image to be told", lambda: metalogger.ask("--status")["image_version"] > 80)
+    assert said.index("changelogs rotated") < said.index("restore rehearsed")
+    made = subprocess.run(
+        [sys.executable, "-m", "raftfs.cli.metalogger", "--data", str(metalogger.folder),
+         "--image"], capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert made.returncode == 0 and f"{image}: the metadata after line" in made.stdout
+    assert metalogger.ask("--rehearse")["lines"] == 0
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ the kernel happened to write: the whole lines that follow one another are kept, 
 Everything after the state is applied once more, and lines that are there already are passed over.
 
 Lines that will never come, because a snapshot came in their place, are a hole: it is marked by a
-comment and told loudly. Comments have the forms of `changelogfiles.py`.
+comment and told loudly. Comments have the forms of `changelogfiles.py`. If the masters have gone
+back in time (old disks were put back), everything here is set aside, and history begins anew.
 """
 
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -158,6 +160,25 @@ class ChangelogFiles:
         """Nothing more will come."""
         self.sync()
         os.close(self._fd)
+
+    def set_aside(self, version: int) -> Path:
+        """The masters went back to an older state: lines behind `version` have another content from
+        now on. What is here moves into a folder of its own, images as well, and history begins
+        anew. Gives the folder.
+        """
+        aside = self._folder / f"before-{int(time.time())}-line-{version}"
+        self.sync()
+        try:
+            with self._lock:
+                os.close(self._fd)
+                aside.mkdir()
+                for path in self._folder.glob("*_ml.*"):
+                    path.rename(aside / path.name)
+                self._fd = self._open()
+        except OSError as e:
+            raise UserError(f"{self._folder}: files cannot be set aside: {e.strerror}") from None
+        self.last = 0
+        return aside
 
     # --- rotation
 

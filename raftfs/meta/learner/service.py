@@ -69,8 +69,7 @@ class Learner:
         self._marks: OrderedDict[int, int] = OrderedDict()  # checkpoint's entry -> last line
         (self._folder / _COPY).unlink(missing_ok=True)
         self._store = LearnerStore(self._folder / "state.mdb", self._checkpoint_made)
-        self._version = self._store.version
-        self._files = ChangelogFiles(self._folder, self._version, self._hole)
+        self._files = ChangelogFiles(self._folder, self._store.version, self._hole)
         self._store.files = self._files
         replica = ReplicaConfig(
             "metalogger", config.peers, config.data_dir, learner=True, checkpoints=_LIMITS
@@ -113,16 +112,14 @@ class Learner:
         lines = []
         for one in results:
             op = one.command.op
-            if one.version:
-                self._version = one.version
-                if one.version > self._files.last:
-                    line = changelog.render(one.version, time_ns, one.command, one.result)
-                    lines.append((one.version, line))
+            if one.version > self._files.last:
+                line = changelog.render(one.version, time_ns, one.command, one.result)
+                lines.append((one.version, line))
             elif isinstance(op, ops.Digest) and op.index in self._marks:
                 self._files.comment(digest_comment(self._marks[op.index], op.index, op.value))
         self._files.append(lines)
         if any(isinstance(one.command.op, ops.Checkpoint) for one in results):
-            self._marks[index] = self._version
+            self._marks[index] = self._store.version
             if len(self._marks) > _MARKS_KEPT:
                 self._marks.popitem(last=False)
 
@@ -136,7 +133,6 @@ class Learner:
         self.want_image()
 
     def _checkpoint_made(self, point: Point) -> None:
-        self._version = max(self._version, point.version)
         self._said |= {
             "entry": point.entry, "version": point.version, "digest": point.digest.hex(),
         }  # fmt: skip
@@ -215,9 +211,11 @@ def _pass_on(ended: "asyncio.Future[Any]", failed: "asyncio.Future[None]") -> No
 
 def _last_night(now: float, hour: int) -> float:
     """The last moment at which the clock of this place showed that hour."""
-    local = time.localtime(now)
-    tonight = time.mktime((*local[:3], hour, 0, 0, 0, 0, -1))
-    return tonight if tonight <= now else tonight - 86_400
+    year, month, day = time.localtime(now)[:3]
+    nights = (
+        time.mktime((year, month, d, hour, 0, 0, 0, 0, -1)) for d in (day, day - 1, day - 2)
+    )
+    return next(night for night in nights if night <= now)
 
 
 def problems(folder: Path) -> list[str]:

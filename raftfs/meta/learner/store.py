@@ -4,10 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import structlog
+
 from raftfs.errors import invariant
 from raftfs.meta.learner.files import ChangelogFiles
 from raftfs.meta.state import read
 from raftfs.meta.store import MetaStore
+
+log = structlog.get_logger("raftfs.learner.store")
 
 
 class Point(NamedTuple):
@@ -63,6 +67,20 @@ class LearnerStore(MetaStore):
         process end in between, the next start finds it.
         """
         assert self.files is not None
+        version = _version_of(path)
+        if version < self.files.last:
+            aside = self.files.set_aside(version)
+            log.error("the masters went back in time", line=version, set_aside=str(aside))
         super().install(path)
         self.files.jump(self.version)
         self._on_checkpoint(self.settled)
+
+
+def _version_of(path: Path) -> int:
+    """Number of the last line of a state file that nobody has open."""
+    store = MetaStore(path)
+    try:
+        return read.totals(store).version
+    finally:
+        store.close()
+        path.with_name(f"{path.name}-lock").unlink(missing_ok=True)

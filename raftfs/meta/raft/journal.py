@@ -345,13 +345,10 @@ class DurableJournal(Journal):  # type: ignore[misc]
         """
         index = min(index, self.last_index)
         self.deleteEntriesTo(index - self.first_index)
-        first = max(self._tail.first, min(index, self._tail.last) - keep_entries)
-        size = 0
-        for older in range(min(index, self._tail.last) - 1, first - 1, -1):
-            size += self._tail.length(older)
-            if size > keep_bytes:
-                first = older + 1
-                break
+        end = min(index, self._tail.last)
+        first = max(self._tail.first, end - keep_entries)
+        if first < end:
+            first = self._tail.start_within(first, end, keep_bytes)
         needed = self._tail.place(first).segment if self._tail.has(first) else 0
         most = kept_bytes // self._segment_bytes
         if most and needed:

@@ -5,7 +5,8 @@ them. Indexes are those of Raft. Not thread-safe.
 """
 
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from typing import NamedTuple
 
 from raftfs.errors import invariant
@@ -86,6 +87,7 @@ class Tail:
         """Index of the first entry that lies in this segment or a later one."""
         return self.first + bisect_left(self._segments, segment)
 
-    def length(self, index: int) -> int:
-        """Bytes of an entry that is known here."""
-        return self._lengths[index - self.first]
+    def start_within(self, first: int, end: int, most_bytes: int) -> int:
+        """From where on the entries before `end` take at most so many bytes; not before `first`."""
+        lengths = self._lengths[first - self.first : max(0, end - self.first)]
+        return end - bisect_right(list(accumulate(reversed(lengths))), most_bytes)

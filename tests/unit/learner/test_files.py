@@ -12,6 +12,7 @@ from raftfs.meta.learner.files import ChangelogFiles, Hole, changelogs, last_lin
 from raftfs.meta.learner.store import LearnerStore, Point
 from raftfs.meta.state import changelog
 from raftfs.meta.state.changelog import render
+from raftfs.meta.store import MetaStore
 from raftfs.wire import ops
 from raftfs.wire.frame import encode
 from raftfs.wire.ops import Batch, Command, Result, encode_batch
@@ -302,3 +303,41 @@ def test_no_line_is_missing_or_twice_after_power_cuts(tmp_path: Path, seed: int)
         cuts += 1
     assert cuts > 1 and last > 200
     assert numbers(tmp_path) == list(range(1, last + 1))
+
+
+def test_masters_that_went_back_in_time_begin_a_new_history(tmp_path: Path) -> None:
+    """Their lines have numbers that are taken here: passing over them would lose them."""
+    founding = encode_batch(Batch(CAME, [Command(0, 0, ops.Found(b"c" * 16, {"a:1": b"1" * 16}))]))
+
+    def mkdir(name: bytes) -> bytes:
+        op = ops.Create(1, name, ops.NodeType.DIR, 0o755, 0, 0, 0)
+        return encode_batch(Batch(CAME, [Command(0, 0, op)]))
+
+    old = [b"", founding, *(mkdir(b"old%d" % n) for n in range(8))]
+    (tmp_path / "ml").mkdir()
+    machine = Machine(tmp_path / "ml", old, random.Random(1))
+    machine.run(len(old))
+    if machine.store.freezing:
+        machine.store.write_frozen()
+        machine.store.thaw()
+    assert machine.files.last == 9
+    restored = MetaStore(tmp_path / "restored.mdb")
+    for index, data in enumerate(old[:6], 1):
+        restored.apply_entry(index, 5, data)
+    restored.applied = (100, 5)  # in other places of the log than before
+    restored.freeze()
+    restored.write_frozen()
+    restored.thaw()
+    restored.close()
+    holes: list[Hole] = []
+    machine.files._on_hole = holes.append
+    machine.store.install(tmp_path / "restored.mdb")
+    (applied,) = machine.store.apply_entry(101, 5, mkdir(b"new"))
+    assert applied.version == 6
+    machine.files.append([(6, render(6, CAME, applied.command, applied.result))])
+    assert numbers(tmp_path / "ml") == [6] and holes == [Hole(1, 5)]
+    (aside,) = (tmp_path / "ml").glob("before-*-line-5")
+    assert numbers(aside) == list(range(1, 10))
+    assert machine.points[-1].version == 5
+    machine.store.close()
+    machine.files.close()

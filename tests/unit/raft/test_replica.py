@@ -15,11 +15,12 @@ from raftfs.cli.benchcore import free_ports
 from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, StateDiffers, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
 from raftfs.meta.raft.configurations import Configurations
-from raftfs.meta.raft.journal import DurableJournal, JournalError
+from raftfs.meta.raft.journal import SEGMENT_BYTES, DurableJournal, JournalError
 from raftfs.meta.raft.loopwatch import LoopWatch, Times
 from raftfs.meta.raft.messages import PeerName, Refused
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.raft.segments import Files
+from raftfs.meta.raft.surroundings import Surroundings
 from raftfs.meta.state.apply import Applied
 from raftfs.meta.store import MetaStore
 from raftfs.wire import ops
@@ -74,14 +75,14 @@ class BusyMachine:
 class Trio:
     """The replicas by number; `stores` and `files` likewise."""
 
-    def __init__(self, folder: Path) -> None:
-        peers = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+    def __init__(self, folder: Path, limits: CheckpointLimits, segment_bytes: int) -> None:
+        self.peers = peers = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+        around = Surroundings(segment_bytes=segment_bytes)
         self.files = [SickFiles() for _ in peers]
         self.stores = [MetaStore(folder / f"{n}" / "state.mdb") for n in range(3)]
         self.replicas = [
-            Replica(ReplicaConfig(name, peers, folder / f"{n}",
-                                  checkpoints=CheckpointLimits(quiet_s=0.2)),
-                    self.stores[n], KEY)
+            Replica(ReplicaConfig(name, peers, folder / f"{n}", checkpoints=limits),
+                    self.stores[n], KEY, around)
             for n, name in enumerate(peers)
         ]  # fmt: skip
 
@@ -112,8 +113,11 @@ class Trio:
 
 
 @asynccontextmanager
-async def trio(folder: Path) -> AsyncIterator[Trio]:
-    made = Trio(folder)
+async def trio(
+    folder: Path, limits: CheckpointLimits = CheckpointLimits(quiet_s=0.2),  # noqa: B008
+    segment_bytes: int = SEGMENT_BYTES,
+) -> AsyncIterator[Trio]:  # fmt: skip
+    made = Trio(folder, limits, segment_bytes)
     await asyncio.gather(*(r.start() for r in made.replicas))
     for replica, files in zip(made.replicas, made.files, strict=True):
         replica._journal._files = files
@@ -465,3 +469,50 @@ def test_times_are_of_the_last_thousand() -> None:
     for n in range(2_000):
         times.add(n)
     assert (times.count, times.percentile(50), times.percentile(99)) == (2_000, 1_500, 1_990)
+
+
+_KEEPING = CheckpointLimits(quiet_s=0.1, tail_entries=5, tail_bytes=500, kept_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_learner_that_comes_late_gets_all_entries_unless_they_are_damaged(
+    tmp_path: Path, damaged: bool
+) -> None:
+    """From the log that is kept behind the tail. Damage there costs it a part of the history; the
+    leader goes on.
+    """
+
+    async def story() -> None:
+        async with trio(tmp_path, _KEEPING, segment_bytes=2_000) as t:
+            for _ in range(100):
+                await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            journal = t.replicas[leader]._journal
+            await t.until(
+                lambda: len(journal.kept) > 3 and journal.oldest_behind_kept > 40, "a kept log"
+            )
+            assert journal.oldest_index == 1
+            if damaged:
+                path = tmp_path / f"{leader}" / "journal" / f"{2:012d}.seg"
+                data = bytearray(path.read_bytes())
+                data[200] ^= 1
+                path.write_bytes(data)
+            store = MetaStore(tmp_path / "learner" / "state.mdb")
+            config = ReplicaConfig("metalogger", t.peers, tmp_path / "learner", learner=True)
+            learner, got = Replica(config, store, KEY), list[int]()
+            learner.on_applied.append(lambda index, data, applied: got.append(index))
+            await learner.start()
+            try:
+                await t.mkdir()
+                there = t.stores[leader].applied
+                await t.until(lambda: store.applied >= there, "the learner")
+            finally:
+                await learner.stop()
+                store.close()
+            assert (got == list(range(2, got[-1] + 1))) is not damaged
+            assert journal.kept.first_segment == (3 if damaged else 1)
+            assert (t.leader(), t.replicas[leader].failed.done()) == (leader, False)
+            assert len(journal.kept._loaded) <= 3
+
+    run(story())
