@@ -48,7 +48,7 @@ def missing() -> str:
         return ""
     go = shutil.which("go")
     if go is None:
-        return "toxiproxy is built with Go, which is missing: apt-get install golang"
+        return "toxiproxy is built with Go 1.23 or newer, and there is no go command"
     print(f"building {_SERVER} into {binary.parent} (once)")
     done = subprocess.run(
         [go, "install", _SERVER], env={**os.environ, "GOBIN": str(binary.parent)}, check=False,
