@@ -66,6 +66,7 @@ def test_masters_that_answer_without_proof_are_found(tmp_path: Path) -> None:
     assert status == 1 and "no order of the operations explains" in said, said
 
 
+@pytest.mark.timeout(toxics.BUILD_S + 120)
 def test_links_that_are_slow_thin_and_broken(tmp_path: Path) -> None:
     why = toxics.missing()
     if why:
