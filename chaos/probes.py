@@ -1,6 +1,7 @@
 """Probes that make directories without a pause, and tell how long they had to wait."""
 
 import multiprocessing
+import os
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -71,10 +72,22 @@ class Probes:
     def problems(self) -> list[str]:
         """What was acknowledged and is not there, and errors that a probe saw."""
         found = []
-        for lines in self._lines():
-            for _, name in lines:
-                if name.startswith("ERROR"):
-                    found.append(f"a probe saw an error: {name}")
-                elif not (self.root / name).is_dir():
-                    found.append(f"lost: {name}")
+        there: dict[Path, set[str]] = {}
+        for name in (name for lines in self._lines() for _, name in lines):
+            if name.startswith("ERROR"):
+                found.append(f"a probe saw an error: {name}")
+                continue
+            folder = (self.root / name).parent
+            if folder not in there:
+                there[folder] = _directories(folder)
+            if Path(name).name not in there[folder]:
+                found.append(f"lost: {name}")
         return found
+
+
+def _directories(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+    except FileNotFoundError:
+        return set()
