@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 RAFTFS = [sys.executable, "-m", "raftfs.cli.raftfs"]
 TIMEOUT_S = 120
+_LEADER_S = 30.0
 
 
 class Cluster:
@@ -39,6 +41,16 @@ class Cluster:
         """What `raftfs cluster status --json` says."""
         status: dict[str, Any] = json.loads(self.run("status", "--json"))
         return status
+
+    def leader(self) -> tuple[str, int]:
+        """Who leads, and the term. Waits until somebody does; TimeoutError."""
+        until = time.monotonic() + _LEADER_S
+        while time.monotonic() < until:
+            status = self.status()
+            if status["leader"]:
+                return status["leader"], status["term"]
+            time.sleep(0.1)
+        raise TimeoutError(f"no leader within {_LEADER_S:g} s")
 
     def remount(self) -> None:
         """A new mount daemon with empty caches."""

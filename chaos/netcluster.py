@@ -31,8 +31,12 @@ class NetCluster:
     `master`: what Python runs as a master; it gets the options of `raftfs-master`.
     """
 
-    def __init__(self, folder: Path, network: Network, master: list[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, network: Network, master: list[str] | None = None,
+        mounts: tuple[str, ...] = MOUNTS,
+    ) -> None:  # fmt: skip
         self.folder = folder
+        self._mounts = mounts
         self.network = network
         self._master = [sys.executable, *(master or ["-m", "raftfs.cli.master"])]
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -47,7 +51,7 @@ class NetCluster:
             for name in (*MASTERS, *CHUNKSERVERS):
                 self.start(name)
             self.wait("a leader with both chunkservers", self._ready)
-            for name in MOUNTS:
+            for name in self._mounts:
                 self.mount(name)
         except BaseException:
             self.__exit__(None, None, None)
@@ -58,7 +62,7 @@ class NetCluster:
         self, kind: type[BaseException] | None, value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        for name in MOUNTS:
+        for name in self._mounts:
             self._unmount(name)
         for process in self._running.values():
             process.send_signal(signal.SIGCONT)

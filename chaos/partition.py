@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 def chosen(args: argparse.Namespace) -> list[str]:
     """The faults that are asked for. ValueError with a sentence."""
     if not args.faults:
-        return NAMESPACE_FAULTS if args.namespaces else TOXIC_FAULTS
+        return list(NAMESPACE_FAULTS if args.namespaces else TOXIC_FAULTS)
     faults: list[str] = args.faults.split(",")
     unknown = set(faults) - {*NAMESPACE_FAULTS, *TOXIC_FAULTS}
     if unknown:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.cluster import RAFTFS, Cluster
-from chaos.failover import Probes
+from chaos.probes import Probes
 
 _TRANSFER_S = 300.0
 _LOAD_S = 3600

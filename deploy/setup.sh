@@ -5,9 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(fuse3 libfuse3-dev pkg-config gcc make)
+# Only tests and stories with network partitions need these, and root besides: without, they say so.
+for_root=(iproute2 nftables)
 venv=.venv
 stamp=$venv/.installed
 
+[ "$(id -u)" -ne 0 ] || packages+=("${for_root[@]}")
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")

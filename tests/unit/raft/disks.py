@@ -84,7 +84,7 @@ class FakeFiles(Files):
 
     def replace(self, path: Path, data: bytes) -> None:
         """All of it, or nothing."""
-        self._call()
+        self._call("replace")
         self.content[path.name] = bytearray(data)
         self.durable[path.name] = data
         self.names_durable.add(path.name)

@@ -1,0 +1,1 @@
+"""Short runs of the stories in `chaos/`, and what their tools promise."""
