@@ -248,11 +248,16 @@ def _bootstrap(args: argparse.Namespace) -> None:
         data = cluster.folder / node.name
         if data.exists() and any(path.name != ".lock" for path in data.iterdir()):
             raise UserError(f"{node.name} has data in {data}: move it away first")
-    for node in masters:
-        cluster.start(node, "--bootstrap", str(args.image.absolute()))
-    for node in cluster.by_role("chunkserver"):
-        cluster.start(node)
-    cluster.wait_up()
+    try:
+        for node in masters:
+            cluster.start(node, "--bootstrap", str(args.image.absolute()))
+        for node in cluster.by_role("chunkserver"):
+            cluster.start(node)
+        cluster.wait_up()
+    except UserError:
+        for node in masters:  # none goes on alone
+            processes.end(node.pid, node.started)
+        raise
     _print_status(cluster)
 
 
