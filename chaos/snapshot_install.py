@@ -5,7 +5,9 @@
 Fills a cluster with files, then takes a follower's data away and has it replaced, and kills it with
 kill -9 at random moments of the transfer. Two probes make directories through a mount all the time.
 In the end all three must have the same digest, and every directory that was acknowledged must be
-there. The table shows how long an operation took before, and while the snapshot was on its way.
+there. The table shows how long an operation took before, while the follower was killed and started
+as often with its data (what that costs a machine on which all of this runs), and while the snapshot
+was on its way.
 
 With `--dir` on the folder of an earlier run that was kept (`--keep`) its files are used again.
 """
@@ -29,7 +31,7 @@ from chaos.probes import Probes
 
 _TRANSFER_S = 300.0
 _LOAD_S = 3600
-_POLL_S = 0.002
+_POLL_S = 0.005
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,9 +58,20 @@ class Receiver:
         self.leader = str(status["leader"])
         self.name = next(n for n in status["replicas"] if n != self.leader)
         self.data = self._folder / self.name
-        self._leaders_lines = len(self._log(self.leader))
+        self._leaders_log = self._folder / "log" / f"{self.leader}.log"
+        self._from = self._leaders_log.stat().st_size
+        self._sent: tuple[int, list[int]] = (self._from, [])  # size of the log, what it says
+        self._before = (self._folder / "log" / f"{self.name}.log").stat().st_size
+        self._started = 0.0
         self.killed_at: list[float] = []  # which part of the snapshot had arrived
         self._command: subprocess.Popen[bytes] | None = None
+
+    def restart(self) -> None:
+        """kill -9, and start it with its data."""
+        os.kill(self._pid(), signal.SIGKILL)
+        self._run("start")
+        assert self._command is not None
+        self._command.wait(120)
 
     def lose_everything(self) -> None:
         """kill -9; the folder is gone; it is told to come back."""
@@ -72,7 +85,11 @@ class Receiver:
         until = time.monotonic() + _TRANSFER_S
         while True:
             sent = self.snapshots()
-            size = arrived.stat().st_size if arrived.exists() else 0
+            size = 0
+            with contextlib.suppress(FileNotFoundError):
+                found = arrived.stat()
+                if found.st_mtime > self._started:  # not what was left by the last kill
+                    size = found.st_size
             if sent and size >= part * sent[-1] > 0:
                 break
             if time.monotonic() > until:
@@ -88,7 +105,7 @@ class Receiver:
         """A command that waits for it; not waited for here, as it will see the next kill."""
         before = self._pid()
         if self._command is not None:
-            self._command.wait(120)
+            self._command.wait(120)  # it holds the cluster's lock, and sees the kill
         self._command = subprocess.Popen(
             [*RAFTFS, "cluster", verb, "--dir", str(self._folder), self.name],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -98,6 +115,7 @@ class Receiver:
             if time.monotonic() > until:
                 raise TimeoutError(f"{self.name} does not start")
             time.sleep(_POLL_S)
+        self._started = time.time()
 
     def wait_for_its_vote(self) -> None:
         """Until it is a master again."""
@@ -110,25 +128,34 @@ class Receiver:
             self._command.wait(120)
 
     def votes(self) -> bool:
-        """So says its log, since it was started last."""
-        events = [line["event"] for line in self._log(self.name)]
-        return "this replica votes from now on" in events
+        """So says its log, since it lost everything."""
+        lines = _records(self._folder / "log" / f"{self.name}.log", self._before)
+        return any(line["event"] == "this replica votes from now on" for line in lines)
 
     def snapshots(self) -> list[int]:
         """How many bytes each of them had that the leader began to send."""
-        lines = self._log(self.leader)[self._leaders_lines :]
-        return [line["bytes"] for line in lines if line["event"] == "snapshot begins"]
+        size = self._leaders_log.stat().st_size  # asked often: only a log that grew is read
+        if size != self._sent[0]:
+            lines = _records(self._leaders_log, self._from)
+            found = [line["bytes"] for line in lines if line["event"] == "snapshot begins"]
+            self._sent = (size, found)
+        return self._sent[1]
 
     def _pid(self) -> int:
         kept = json.loads((self._folder / "cluster.json").read_text())
         return next(int(n["pid"]) for n in kept["nodes"] if n["name"] == self.name)
 
-    def _log(self, name: str) -> list[dict[str, Any]]:
-        lines = []
-        for line in (self._folder / "log" / f"{name}.log").read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last one may be half written
-                lines.append(json.loads(line))
-        return lines
+
+def _records(log: Path, begin: int) -> list[dict[str, Any]]:
+    """What a process logged from a place in its log on."""
+    with open(log, "rb") as file:
+        file.seek(begin)
+        lines = file.read().splitlines()
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the last one may be half written
+            found.append(json.loads(line))
+    return found
 
 
 def percentiles(took: list[float]) -> tuple[float, float]:
@@ -180,6 +207,9 @@ def story(args: argparse.Namespace, folder: Path) -> int:
                 time.sleep(2.0)
                 began = time.monotonic()
                 time.sleep(args.before)
+                restarts = time.monotonic()
+                for _ in range(args.kills + 1):
+                    receiver.restart()
                 lost = time.monotonic()
                 receiver.lose_everything()
                 for _ in range(args.kills):
@@ -191,25 +221,29 @@ def story(args: argparse.Namespace, folder: Path) -> int:
             one_digest(cluster)
             cluster.remount()
             problems = probes.problems()
-            before, during = probes.took_s(began, lost), probes.took_s(lost, back)
+            rows = {
+                "before": probes.took_s(began, restarts),
+                "restarts": probes.took_s(restarts, lost),
+                "snapshot": probes.took_s(lost, back),
+            }
         same = cluster.status()["leader"] == receiver.leader
         sent = receiver.snapshots()
     print(f"seconds until it voted again  {back - lost:.1f}")
     parts = " ".join(f"{part:.2f}" for part in receiver.killed_at)
     print(f"killed when there was         {parts} of the snapshot")
     print(f"snapshots begun, bytes        {len(sent)}, {sent[-1]}")
-    return report(before, during, problems, leader_stayed=same)
+    return report(rows, problems, leader_stayed=same)
 
 
-def report(
-    before: list[float], during: list[float], problems: list[str], *, leader_stayed: bool
-) -> int:
+def report(rows: dict[str, list[float]], problems: list[str], *, leader_stayed: bool) -> int:
     """Print it; gives the exit status."""
     print("operations      number       p50       p99  ms")
-    rows = {"before": percentiles(before), "meanwhile": percentiles(during)}
-    for (name, (p50, p99)), took in zip(rows.items(), (before, during), strict=True):
-        print(f"{name:12} {len(took):9} {p50:9.2f} {p99:9.2f}")
-    print(f"p99 meanwhile / before        {rows['meanwhile'][1] / rows['before'][1]:.2f}")
+    p99s = {}
+    for name, took in rows.items():
+        p50, p99s[name] = percentiles(took)
+        print(f"{name:12} {len(took):9} {p50:9.2f} {p99s[name]:9.2f}")
+    for other in ("before", "restarts"):
+        print(f"p99 snapshot / {other:8}       {p99s['snapshot'] / p99s[other]:.2f}")
     for line in problems[:20]:
         print(f"PROBLEM {line}", file=sys.stderr)
     if not leader_stayed:

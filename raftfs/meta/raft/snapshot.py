@@ -63,6 +63,8 @@ class SnapshotSender:
         self._idents = first_ident
         self._tasks: set[asyncio.Task[None]] = set()
         self.term = 0
+        for left in folder.glob("snapshot-*"):  # by a process that was killed
+            left.unlink()
 
     def offer(self, node: Node) -> None:
         """Begin a transfer to the node, or push one on that has gone silent."""
@@ -169,6 +171,8 @@ class SnapshotReceiver:
         self._have = 0
         self._installing = False
         self._task: asyncio.Task[None] | None = None
+        for left in (self._path, folder / "snapshot.new"):  # by a process that was killed
+            left.unlink(missing_ok=True)
 
     def piece(self, node: Node, m: SnapshotPiece) -> None:
         """One piece arrived."""

@@ -95,12 +95,26 @@ def test_whoever_is_killed_in_the_middle_begins_anew_at_once(tmp_path: Path) -> 
             await wire.carry(2)
             assert (tmp_path / "snapshot.in").stat().st_size > PIECE_BYTES
             wire.restart()
+            assert not (tmp_path / "snapshot.in").exists()
             wire.pieces.clear()
             wire.silence()
         await wire.carry(40)
         assert wire.installed == [wire.content] and wire.done == [100]
 
     run(story())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Copies of the whole state once stayed on the disk for ever."""
+    left = ["snapshot-17.out", "snapshot-17.copy", "snapshot.in", "snapshot.new"]
+    for name in [*left, "state.mdb"]:
+        (tmp_path / name).write_bytes(b"x")
+
+    async def story() -> None:
+        Wire(tmp_path, 10)
+
+    run(story())
+    assert [path.name for path in tmp_path.iterdir()] == ["state.mdb"]
 
 
 def test_lost_pieces_are_sent_again(tmp_path: Path) -> None:
