@@ -13,7 +13,7 @@ from tests.sim.mutants import IN_THE_SUITE, MUTANTS, finding
 from tests.sim.planted import first_finding
 
 SEEDS = int(os.environ.get("RAFTFS_SIM_SEEDS", "300"))
-_SLICE = 20
+_SLICE = 10
 _happened: Counter[str] = Counter()
 
 
