@@ -189,6 +189,16 @@ def test_nothing_is_left_for_later_or_swallowed(path: Path) -> None:
             assert not (broad and swallowed), f"{_name(path)}:{node.lineno}: swallowed"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_cancelling_is_never_lost(path: Path) -> None:
+    """`asyncio.wait_for` of Python 3.11 forgets a cancellation that comes in the turn in which the
+    wait ends; whoever cancelled then waits for ever. `asyncio.timeout` does not.
+    """
+    for node in ast.walk(_tree(path)):
+        forgets = isinstance(node, ast.Attribute) and node.attr == "wait_for"
+        assert not forgets, f"{_name(path)}: use asyncio.timeout"
+
+
 def test_every_entry_point_exists() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     for name, target in scripts.items():

@@ -172,7 +172,8 @@ class Checkpoints:
         """Write what was frozen, for ever."""
         while True:
             try:
-                await asyncio.wait_for(self._frozen.wait(), _LOOK_S)
+                async with asyncio.timeout(_LOOK_S):
+                    await self._frozen.wait()
             except TimeoutError:
                 if not self._due(_OVERDUE):
                     continue

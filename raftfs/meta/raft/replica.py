@@ -367,7 +367,8 @@ class Replica:
             self._all_met.set()
         while not self._all_met.is_set():
             try:
-                await asyncio.wait_for(self._all_met.wait(), 5.0)
+                async with asyncio.timeout(5.0):
+                    await self._all_met.wait()
             except TimeoutError:
                 missing = [p for p in others if p not in self._identity.peers]
                 log.info("first start: waiting for the other masters", missing=missing)

@@ -360,6 +360,24 @@ def test_a_master_that_lost_its_disk_stops_however_late_it_is_refused(tmp_path: 
     run(story())
 
 
+def test_checkpoints_end_when_they_are_cancelled_in_the_turn_in_which_one_begins() -> None:
+    """They once went on, and waited for a journal that nobody wrote any more."""
+
+    async def story() -> None:
+        checkpoints = Checkpoints(
+            CheckpointLimits(), BusyMachine(), DurableJournal(Path("j"), FakeFiles()), print
+        )
+        running = asyncio.ensure_future(checkpoints.run())
+        await asyncio.sleep(0.01)
+        checkpoints._frozen.set()
+        await asyncio.sleep(0)
+        running.cancel()
+        done, _ = await asyncio.wait({running}, timeout=5)
+        assert done and running.cancelled()
+
+    run(story())
+
+
 def test_a_checkpoint_that_met_another_one_is_asked_for_again() -> None:
     async def story() -> None:
         machine, three = BusyMachine(), Configurations(dict.fromkeys("abc", b""))
