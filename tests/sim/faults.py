@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 KINDS = (
     "kill", "kill in a write", "power cut", "power cut in a write", "power cut of all",
     "orderly stop asked", "pause", "everybody suspended", "clock jump", "partition",
-    "one-way partition", "slow network", "connection broken", "slow disk", "disk full", "I/O error",
+    "one-way partition", "leader deposed", "slow network", "connection broken", "slow disk",
+    "disk full", "I/O error",
     "journal flip", "snapshot flip", "disk lost", "disk lost unnoticed", "join",
     "member change asked", "leadership handed over", "chunkserver kill", "chunkserver power cut",
     "chunkserver pause", "chunkserver partition", "chunkserver full", "chunkserver replaced",
@@ -47,7 +48,7 @@ class Faults:
             (5, self._lose_disk), (12, self._membership), (4, self._hand_over), (4, self._stop),
             (10, self._kill_server), (5, self._pause_server), (6, self._cut_server),
             (3, self._fill_server), (3, self._replace_server), (5, self._cut_client),
-            (3, self._pause_client),
+            (3, self._pause_client), (6, self._depose),
         ]  # fmt: skip
         # Every story has its own mixture: what happens seldom in one is frequent in another.
         mending = (self._start, self._heal)
@@ -141,6 +142,23 @@ class Faults:
             if name != me and way != "out":
                 self.world.net.cut.add((name, me))
         return "" if way == "both" else "one-way "
+
+    def _depose(self, machine: Machine) -> str:
+        """Whoever leads is cut off from the other masters, and its orders are held up until another
+        one may lead.
+        """
+        leader = next((m for m in self.world.masters if m.leads), None)
+        if leader is None:
+            return ""
+        orders = {(leader.host, s.host) for s in self.world.chunkservers}
+        for other in self.world.masters:
+            if other is not leader:
+                self.world.net.cut |= {(leader.host, other.host), (other.host, leader.host)}
+        self.world.net.cut |= orders
+        self.world.loop.call_later(
+            self.chance.uniform(0.7, 1.5), self.world.net.mend, orders, context=self.world.outside
+        )
+        return "leader deposed"
 
     def _heal(self, machine: Machine) -> str:
         self.world.net.heal()

@@ -115,7 +115,8 @@ DATA: dict[str, Planted] = {
         ChunkHub, "is_fenced", ("and server.fenced_term == self._term()", "")
     ),
     "versions are never raised": edited(
-        Grants, "grant", ("clean and self._is_proven(chunk, good) and", "clean and")
+        Grants, "grant",
+        ("clean and self._is_proven(chunk, good) and len(good) >= self._attainable(chunk)", "clean"),
     ),
     "a version counts although an answer is missing": edited(
         Grants, "_raise", ("complete = len(raised) == len(servers)", "complete = True")

@@ -198,7 +198,11 @@ class Network:
 
     def heal(self) -> None:
         """No cuts any more."""
-        self.cut.clear()
+        self.mend(set(self.cut))
+
+    def mend(self, edges: set[Edge]) -> None:
+        """What these held back goes on."""
+        self.cut -= edges
         for end in [*self.ends.values(), *self.streams]:
             end.healed()
 

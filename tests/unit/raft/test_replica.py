@@ -462,7 +462,10 @@ def test_figures_tell_of_stalls_checkpoints_and_syncs(tmp_path: Path) -> None:
                 lambda: one.figures()["raftfs_journal_syncs_total"] > syncs, "the end of it"
             )
             assert one.figures()["raftfs_journal_sync_p99_seconds"] >= 0.2
-            assert one.figures()["raftfs_checkpoint_last_rows"] > 0
+            await t.mkdir()
+            await t.until(
+                lambda: one.figures()["raftfs_checkpoint_last_rows"] > 0, "a checkpoint with rows"
+            )
             assert one.figures()["raftfs_elections_total"] >= 1
 
     run(story())
