@@ -14,6 +14,7 @@ from raftfs.meta.proposer import Proposer
 from raftfs.meta.raft.checkpoints import Checkpoints
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.replica import Replica
+from raftfs.meta.raft.roster import Roster
 from raftfs.meta.raft.safety import SafeSyncObj
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import apply, ops_data
@@ -81,10 +82,10 @@ REPLICA: dict[str, Planted] = {
     ),
     "one replica applies otherwise": _one_replica_differs,
     "a learner asks for strangers' names": edited(
-        Replica, "_refusal", ("if not self._identity.voter:", "if False:")
+        Roster, "refusal", ("if not self._identity.voter:", "if False:")
     ),
     "a lost disk may come back under its old name": edited(
-        Replica, "_refusal", ("if known != peer.uuid:", "if False:")
+        Roster, "refusal", ("if known not in (None, peer.uuid):", "if False:")
     ),
     "a leader serves before it knows what is committed": edited(
         SafeSyncObj, "leads", ("self.last_applied >= self.noop_index", "True")
@@ -116,7 +117,8 @@ DATA: dict[str, Planted] = {
     ),
     "versions are never raised": edited(
         Grants, "grant",
-        ("clean and self._is_proven(chunk, good) and len(good) >= self._attainable(chunk)", "clean"),
+        ("clean and self._is_proven(chunk, good) and len(good) >= self._attainable(chunk)",
+         "clean"),
     ),
     "a version counts although an answer is missing": edited(
         Grants, "_raise", ("complete = len(raised) == len(servers)", "complete = True")

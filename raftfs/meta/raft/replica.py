@@ -32,6 +32,7 @@ from raftfs.meta.raft.messages import (
     SnapshotNext,
     SnapshotPiece,
 )
+from raftfs.meta.raft.roster import Roster, removed
 from raftfs.meta.raft.safety import LEADER, SafeSyncObj
 from raftfs.meta.raft.snapshot import SnapshotReceiver, SnapshotSender
 from raftfs.meta.raft.surroundings import Surroundings
@@ -120,9 +121,7 @@ class Replica:
         self._elections = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._loading: asyncio.Task[None] | None = None
-        self._all_met = asyncio.Event()
         self._known_role: tuple[bool, int, str] = (False, 0, "")
-        self._known_members: dict[str, bytes] = {}
         self._promoting = False
         self._handing_over = False
         self._no_hand_over_until = 0.0
@@ -130,18 +129,26 @@ class Replica:
         self.on_role: list[Callable[[], None]] = []
         self.on_applied: list[Callable[[int, bytes, list[Applied]], None]] = []
         self.failed: asyncio.Future[None] = self._loop.create_future()
+        self._identity = self._load_identity()
+        self._roster = Roster(
+            config.peers, config.learner, self._identity, machine.members(), lambda: self._core
+        )
 
     # --- life
+
+    def _load_identity(self) -> Identity:
+        config = self.config
+        voter = not (config.learner or config.join)
+        identity = Identity.load_or_create(
+            config.data_dir / "identity.cbor", config.name, self._around.new_uuid, voter=voter
+        )
+        if identity.voter and config.join:
+            log.info("already a master; --replace and --join are not needed any more")
+        return identity
 
     async def start(self) -> None:
         """Join the cluster. UserError if this replica must not or cannot."""
         folder = self.config.data_dir
-        voter = not (self.config.learner or self.config.join)
-        self._identity = Identity.load_or_create(
-            folder / "identity.cbor", self.config.name, self._around.new_uuid, voter=voter
-        )
-        if self._identity.voter != voter and self.config.join:
-            log.info("already a master; --replace and --join are not needed any more")
         self._journal = DurableJournal(
             folder / "journal", self._around.files, self._around.segment_bytes,
             self.machine.checkpointed[0],
@@ -151,10 +158,9 @@ class Replica:
             self.config.checkpoints, self.machine, self._journal, self._fail,
             self._tell_checkpoint,
         )  # fmt: skip
-        self._known_members = self.machine.members()
-        if self._known_members.get(self.config.name) == self._identity.uuid:
+        if self._roster.names_me:
             self._identity.promote()  # a stop came between the checkpoint that says so and this
-        self._check_members()
+        self._roster.check_peers()
         self._sender = SnapshotSender(
             folder, self.machine.copy_to, self._send, self._snapshot_taken, self._around.wall_ns()
         )
@@ -162,41 +168,13 @@ class Replica:
             folder, lambda: self.machine.applied[0], self._install, self._send
         )
         await self._open_links()
-        await self._meet_everybody()
+        await self._roster.meet_everybody()
+        if self.failed.done():
+            self.failed.result()
         self._syncer = self._around.syncer(self._journal, self._synced)
         self._make_core()
         self._tasks.append(asyncio.ensure_future(self._checkpoints.run()))
         self._on_timer()
-
-    def _check_members(self) -> None:
-        """Before the cluster is founded, --peers says who counts; a wrong one would be fatal.
-        Afterwards it may be out of date, but naming strangers, or only itself, is a mistake.
-        """
-        if self.config.learner:
-            return
-        me, given = self.config.name, set(self.config.peers)
-        met = {*self._identity.peers, me}
-        now = set(self._known_members) or met
-        wrong = not now <= given
-        if self._known_members:
-            wrong = not given <= now | met or (given == {me} and now != given)
-        if wrong:
-            raise UserError(
-                f"--peers names {','.join(sorted(given))}, but this cluster's masters are "
-                f"{','.join(sorted(now))}: give exactly those"
-            )
-        if given != now and self._known_members:
-            log.info("--peers is out of date", given=sorted(given), masters=sorted(now))
-
-    def _names(self) -> list[str]:
-        """The masters to talk to, oneself included if this is one."""
-        if not self._known_members:
-            return list(self.config.peers)
-        names = set(self._known())
-        return sorted(names if self._identity.voter else names.union(self.config.peers))
-
-    def _others(self) -> list[str]:
-        return [name for name in self._names() if name != self.config.name]
 
     def _check_journal(self) -> None:
         """State and journal must overlap, or something acknowledged is missing."""
@@ -221,7 +199,7 @@ class Replica:
 
     async def _open_links(self) -> None:
         self._links = self._around.links(
-            self._me(), self._names(), self._key, self._refusal, self._received,
+            self._me(), self._roster.names(), self._key, self._refusal, self._received,
             self._refused,
         )  # fmt: skip
         await self._links.start()
@@ -233,9 +211,9 @@ class Replica:
         if self.machine.applied[0] == 0:
             self.machine.apply_entry(1, 0, b"")
         self._core = SafeSyncObj(
-            self.config.name if self._identity.voter else None, self._others(), self._journal,
-            self._links, self._apply, self._offer_snapshot, self.machine.applied[0],
-            self._known_members, _read_change, self._wants_history,
+            self.config.name if self._identity.voter else None, self._roster.others(),
+            self._journal, self._links, self._apply, self._offer_snapshot,
+            self.machine.applied[0], self._roster.members, _read_change, self._wants_history,
         )  # fmt: skip
         self._links.announce()
 
@@ -273,73 +251,15 @@ class Replica:
 
     # --- who may connect
 
-    def _known(self) -> dict[str, bytes]:
-        """Identities of the masters, also of one that a change in the log will make a master."""
-        if not self._known_members:
-            return self._identity.peers
-        coming = self._core.configurations.latest if self._core is not None else {}
-        return {**coming, **self._known_members}
-
     def _refusal(self, peer: PeerName) -> Refused | None:
-        """Why a peer must stay out; learns the identities of peers that it meets first."""
-        if not peer.voter and not peer.joining:
-            return None
-        if peer.joining:
-            if self._known():
-                return None
-            return Refused("the cluster is not founded: nobody can join it yet")
-        if not self._identity.voter:
-            # It counts for nothing, so nobody can misuse it; and it may have missed who came, went
-            # or was replaced, which only the master that has the log may be able to tell.
-            self._welcome(peer)
-            return None
-        if peer.name not in self._names():
-            masters = ",".join(self._names())
-            if peer.name in self._identity.peers:
-                return Refused(f"{_removed(peer.name)}: its masters are {masters}", removed=True)
-            if self._may_have_missed_it():
-                return None
-            return Refused(f"master {peer.name} is not one of {masters}")
-        known = self._known().get(peer.name)
-        if known is None:
-            # Of those who found a cluster together; whoever joins later gets a snapshot.
-            founding = self._identity.voter and not self._known_members
-            if founding and peer.origin != self._identity.origin:
-                return Refused(_other_origin(peer, self._identity))
-            self._identity.learn(peer.name, peer.uuid)
-            known = peer.uuid
-        if known != peer.uuid:
-            return Refused(
-                f"master {peer.name} lost its data: its old identity has votes and "
-                "acknowledgements that this one forgot, so it may not take part; bring it back "
-                "with `raftfs cluster replace`, or start it on an empty folder with --replace",
-                stranger=True,
-            )
-        self._welcome(peer)
-        return None
-
-    def _welcome(self, peer: PeerName) -> None:
-        if peer.name in self._names() and self._known().get(peer.name) is None:
-            self._identity.learn(peer.name, peer.uuid)
-        if all(p in self._identity.peers for p in self._others()):
-            self._all_met.set()
-        if self._core is not None:
+        refused = self._roster.refusal(peer)
+        if refused is None and peer.voter and self._core is not None:
             self._core.node_replaced(Node(peer.name))
-
-    def _may_have_missed_it(self) -> bool:
-        """Whether a stranger may be a master that was added while this replica was away, and may
-        lead by now: then only its log tells that it is one. Whoever is up to date hears a leader,
-        and knows every master's identity.
-        """
-        core = self._core
-        return core is not None and bool(self._known_members) and not core.has_leader()
+        return refused
 
     def _refused(self, peer: str, refused: Refused) -> None:
         error = UserError(f"{refused.reason} (said {peer})")
-        # A new voter may have met everybody before it is told that it is not whom they know.
-        unfounded = self._identity.voter and not self._known_members
-        strange = not self._identity.peers or not self._all_met.is_set()
-        if refused.removed or unfounded or strange:
+        if self._roster.refused_for_good(refused):
             self._fail_quietly(error)
             return
         log.warning("refused by a peer", peer=peer, reason=refused.reason)
@@ -358,22 +278,7 @@ class Replica:
         if not self.failed.done():
             self._stopped = True
             self.failed.set_exception(error)
-        self._all_met.set()
-
-    async def _meet_everybody(self) -> None:
-        """A new voter takes part only when it knows the identity of every other."""
-        others = self._others()
-        if not self._identity.voter or all(p in self._identity.peers for p in others):
-            self._all_met.set()
-        while not self._all_met.is_set():
-            try:
-                async with asyncio.timeout(5.0):
-                    await self._all_met.wait()
-            except TimeoutError:
-                missing = [p for p in others if p not in self._identity.peers]
-                log.info("first start: waiting for the other masters", missing=missing)
-        if self.failed.done():
-            self.failed.result()
+        self._roster.all_met.set()
 
     # --- the run of the node
 
@@ -449,7 +354,7 @@ class Replica:
         now = self._loop.time()
         if now - self._membership_asked > 1.0:
             self._membership_asked = now
-            if not self._known_members:
+            if not self._roster.members:
                 uuid = self.config.cluster or self._around.new_uuid()
                 everybody = self._identity.peers | {self.config.name: self._identity.uuid}
                 self._propose_own(Found(uuid, everybody))
@@ -463,7 +368,7 @@ class Replica:
         for node in core.learners:
             name, _, uuid = node.id.partition("#")
             caught_up = core.match_index.get(node, 0) >= core.commit_index
-            known = self._known_members.get(name)
+            known = self._roster.members.get(name)
             lost = known is not None and known.hex() != uuid
             if lost and caught_up and not core.configurations.changing:
                 log.info("replacement caught up", name=name, uuid=uuid)
@@ -489,23 +394,20 @@ class Replica:
         """The state names other voters: believe it, and take our own place if it names us."""
         if self._stopped:
             return
-        self._known_members = self.machine.members()
+        roster, members = self._roster, self.machine.members()
+        roster.changed(members)
         self._checkpoints.members_new = True
         if self._core is not None:
-            self._core.set_members(self._known_members)
-        for name, uuid in self._known_members.items():
-            if name != self.config.name and self._identity.peers.get(name) != uuid:
-                self._identity.learn(name, uuid)
-        mine = self._known_members.get(self.config.name) == self._identity.uuid
-        if mine and not self._identity.voter and not self._promoting:
+            self._core.set_members(members)
+        if roster.names_me and not self._identity.voter and not self._promoting:
             self._promoting = True
             self._tasks.append(asyncio.ensure_future(self._become_voter()))
-        elif self._identity.voter and self._known_members and not mine:
-            masters = ",".join(sorted(self._known_members))
-            removed = _removed(self.config.name)
-            self._fail_quietly(UserError(f"{removed}: its masters are {masters}"))
+        elif self._identity.voter and members and not roster.names_me:
+            masters = ",".join(sorted(members))
+            gone = removed(self.config.name)
+            self._fail_quietly(UserError(f"{gone}: its masters are {masters}"))
         elif self._links is not None:
-            self._links.set_peers(self._names())
+            self._links.set_peers(roster.names())
 
     async def _become_voter(self) -> None:
         """Vote under the name from now on. Not before the change is in a checkpoint: after a
@@ -677,12 +579,12 @@ class Replica:
     def peers_connected(self) -> list[tuple[str, bool]]:
         """The other voters, and which of them are connected."""
         up = set(self._links.connected()) if self._links is not None else set()
-        return [(p, p in up) for p in self._others()]
+        return [(p, p in up) for p in self._roster.others()]
 
     @property
     def members(self) -> dict[str, bytes]:
         """The masters that vote: name -> identity."""
-        return self._known_members
+        return self._roster.members
 
     def joining(self) -> dict[str, bytes]:
         """Connected replicas that want to become masters: name -> identity."""
@@ -743,20 +645,6 @@ class Replica:
         limit = self._loop.time() + _HAND_OVER_S
         while not true() and self._loop.time() < limit:
             await asyncio.sleep(_TICK_S / 2)
-
-
-def _removed(name: str) -> str:
-    return f"master {name} was removed from the cluster"
-
-
-def _other_origin(peer: PeerName, mine: Identity) -> str:
-    def begun(origin: bytes) -> str:
-        return f"from image {origin.hex()}" if origin else "without an image"
-
-    return (
-        f"master {peer.name} was begun {begun(peer.origin)}, {mine.name} {begun(mine.origin)}: "
-        "begin all masters on empty folders, with --bootstrap and the same image"
-    )
 
 
 def _forget(future: "asyncio.Future[Any]") -> None:
