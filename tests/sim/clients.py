@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from raftfs.client import meta
 from raftfs.client.meta import MetaClient
 from raftfs.client.session import Session
-from raftfs.errors import ReplyError
+from raftfs.errors import LinkError, ReplyError
+from raftfs.wire import frame, ops
 from raftfs.wire import messages as m
-from raftfs.wire import ops
 from raftfs.wire.ops import NodeType, Op
+from raftfs.wire.rpc import Link
 from tests.sim.broken import must
 from tests.sim.clock import Process
 from tests.sim.files import FileUser
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 _FOR_EVER_S = 1e6
+_FORMER_S = 0.5
 _NAMES = [b"a", b"b", b"c", b"d", b"e"]
 _ROOT = 1
 
@@ -37,6 +39,7 @@ class Client:
         self.acked = self.reads = 0
         self.inodes = [_ROOT]
         self.meta: MetaClient
+        self._led: dict[Link, None] = {}
         self.files = FileUser(self)
 
     def start(self) -> "asyncio.Task[None]":
@@ -97,7 +100,20 @@ class Client:
         return 0, value
 
     async def _list(self) -> None:
+        """Ask the leader; or whoever else has led, which must not answer what is out of date."""
         since = self.world.law.acknowledged
-        page = await self.meta.call(m.ReadDir(_ROOT, b"", 100))
+        ask, leader = m.ReadDir(_ROOT, b"", 100), self.meta.masters.leader
+        if leader is not None:
+            self._led[leader] = None
+        former = [link for link in self._led if not link.closed.done() and link is not leader]
+        if former and self.chance.random() < 0.7:
+            try:
+                raw = await self.chance.choice(former).call(ask, _FORMER_S)
+            except (LinkError, ReplyError):
+                return
+            page = frame.decode(m.DirPage, raw)
+            self.world.seen["a former leader read"] += 1
+        else:
+            page = await self.meta.call(ask)
         self.world.law.listed(page, since)
         self.reads += 1

@@ -144,16 +144,17 @@ class Faults:
         return "" if way == "both" else "one-way "
 
     def _depose(self, machine: Machine) -> str:
-        """Whoever leads is cut off from the other masters, and its orders are held up until another
-        one may lead.
+        """Whoever leads is cut off from the other masters, with a client; its orders are held up
+        until another one may lead.
         """
         leader = next((m for m in self.world.masters if m.leads), None)
         if leader is None:
             return ""
         orders = {(leader.host, s.host) for s in self.world.chunkservers}
-        for other in self.world.masters:
-            if other is not leader:
-                self.world.net.cut |= {(leader.host, other.host), (other.host, leader.host)}
+        client = self.chance.choice(self.world.clients).name
+        for other in [m.host for m in self.world.masters if m is not leader]:
+            self.world.net.cut |= {(leader.host, other), (other, leader.host)}
+            self.world.net.cut |= {(client, other), (other, client)}
         self.world.net.cut |= orders
         self.world.loop.call_later(
             self.chance.uniform(0.7, 1.5), self.world.net.mend, orders, context=self.world.outside

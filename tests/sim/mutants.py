@@ -117,14 +117,14 @@ DATA: dict[str, Planted] = {
     ),
     "versions are never raised": edited(
         Grants, "grant",
-        ("clean and self._is_proven(chunk, good) and len(good) >= self._attainable(chunk)",
+        ("clean and self._is_proven(chunk, usable) and len(usable) >= self._attainable(chunk)",
          "clean"),
     ),
     "a version counts although an answer is missing": edited(
         Grants, "_raise", ("complete = len(raised) == len(servers)", "complete = True")
     ),
     "stale copies count": edited(
-        healing, "judge", ("if committed <= version <= max(committed, reserved):", "if True:")
+        healing, "good", (" if committed <= v <= max(committed, reserved)", "")
     ),
     "surplus copies go without being condemned": edited(
         Healer, "_destroy_surplus",
@@ -147,8 +147,7 @@ MUTANTS: dict[str, Planted] = {**JOURNAL, **RAFT_LAYER, **REPLICA, **SERVICES, *
 IN_THE_SUITE = (
     "the journal is not synced", "the name of a new segment is not synced",
     "a sent snapshot counts as the whole log", "one replica applies otherwise",
-    "a retry is not recognised", "versions are never raised", "stale copies count",
-    "surplus copies go without being condemned",
+    "a retry is not recognised",
 )  # fmt: skip
 
 
