@@ -88,10 +88,23 @@ class World:
         """Where the masters were in the beginning; who is set up thus learns of others."""
         return [name.partition(":")[0] for name in self.voters]
 
+    def members_settled(self) -> bool:
+        """Whether a majority has it in a checkpoint who votes: until then those that are up may
+        need one that was removed, to learn that it was.
+        """
+        members, since = self.members(), self.law.members_since
+        there = [
+            m for m in self.masters
+            if m.name in members and m.uuid == members[m.name]
+            and m.store and m.store.checkpointed[0] >= since
+        ]  # fmt: skip
+        return 2 * len(there) > len(members)
+
     def may_lose(self, machine: Machine) -> bool:
         """Whether a voter's disk may go: all other voters are themselves, and run."""
         members = self.members()
-        if machine.name not in members or machine.uuid != members[machine.name]:
+        ours = machine.name in members and machine.uuid == members[machine.name]
+        if not ours or not self.members_settled():
             return False
         others = [m for m in self.masters if m.name in members and m is not machine]
         return all(m.running and m.uuid == members[m.name] and not m.flipped for m in others)

@@ -213,6 +213,7 @@ class Replica:
             self._me(), self._names(), self._key, self._refusal, self._received,
             self._refused,
         )  # fmt: skip
+        self._links.tell(sorted(self._known_members))
         await self._links.start()
 
     def _make_core(self) -> None:
@@ -279,7 +280,8 @@ class Replica:
             return None
         if peer.name not in self._names():
             masters = ",".join(self._names())
-            if peer.name in self._identity.peers:
+            # Only who it was then: removed, it may have come again with another identity.
+            if self._identity.peers.get(peer.name) == peer.uuid:
                 return Refused(f"{_removed(peer.name)}: its masters are {masters}", removed=True)
             if self._may_have_missed_it():
                 return None
@@ -477,6 +479,7 @@ class Replica:
             self._fail_quietly(UserError(f"{removed}: its masters are {masters}"))
         elif self._links is not None:
             self._links.set_peers(self._names())
+            self._links.tell(sorted(self._known_members))
 
     async def _become_voter(self) -> None:
         """Vote under the name from now on. Not before the change is in a checkpoint: after a
