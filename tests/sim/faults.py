@@ -259,7 +259,7 @@ class Faults:
 
     async def _flip_when_there(self) -> None:
         """In a file that is being sent or received; what carries it has checksums."""
-        for _ in range(400):
+        for _ in range(200):
             for machine in self.world.machines:
                 sent = sorted(machine.folder.glob("snapshot-*.out"))
                 for path in [*sent, machine.folder / "snapshot.in"]:
@@ -269,7 +269,7 @@ class Faults:
                         path.write_bytes(data)
                         self.world.seen["snapshot flip"] += 1
                         return
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.01)
 
     def _lose_disk(self, machine: Machine) -> str:
         """As an administrator would have it: one at a time, while the others are a majority."""
