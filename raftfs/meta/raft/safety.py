@@ -413,7 +413,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             if m.next_index <= 2 and self._replaces_a_voter(node):
                 self.next_index[node] = 0  # it has nothing: a snapshot is shorter than the log
             self.heartbeat_due = 0.0
-        if self.next_index[node] <= self._may_have(node):
+        # A node that gets a snapshot lacks much, but its answers are no reason to send anything.
+        if self.journal.oldest_index < self.next_index[node] <= self._may_have(node):
             self.heartbeat_due = 0.0
 
     def _replaces_a_voter(self, node: Node) -> bool:

@@ -17,6 +17,7 @@ from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.messages import (
     Ack,
     Append,
+    Contact,
     CampaignNow,
     PreVote,
     PreVoteAnswer,
@@ -197,6 +198,21 @@ def test_an_old_reset_does_not_send_the_log_again(bench: Bench) -> None:
     high = bench.core.next_index[B]
     bench.core.receive(B, Ack(bench.core.term, 1, 2, False, True))
     assert bench.core.next_index[B] >= high, "what has matched once is not doubted"
+
+
+def test_a_node_that_gets_a_snapshot_is_not_flooded(bench: Bench) -> None:
+    """Its answer to a Contact once called for the next round at once, and so on, to all nodes."""
+    bench.lead()
+    bench.acknowledge()
+    bench.core.next_index[C] = 0  # what it needs is not in the log any more
+    bench.core.replicate()
+    (contact,) = bench.wire.take(Contact)
+    bench.wire.take(Append)
+    bench.core.receive(C, Ack(bench.core.term, contact.seq, 0, False, False))
+    bench.core.tick()
+    assert not bench.wire.take(Contact) and not bench.wire.take(Append), "no heartbeat is due"
+    bench.wait(0.06)
+    assert bench.wire.take(Contact), "it is told that the leader is there"
 
 
 def test_one_node_has_one_vote(monkeypatch: pytest.MonkeyPatch) -> None:
