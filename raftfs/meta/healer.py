@@ -193,6 +193,7 @@ class Healer:
         task = asyncio.ensure_future(self._guard(chunk, work))
         self._repairs[chunk] = task
         task.add_done_callback(lambda _: self._repairs.pop(chunk, None))
+        task.add_done_callback(lambda _: work.close())  # if it was cancelled before it began
 
     async def _guard(self, chunk: int, work: Coroutine[None, None, None]) -> None:
         try:

@@ -2,12 +2,12 @@
 
 import asyncio
 import errno
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from raftfs.errors import NotLeader, ReplyError
-from raftfs.wire.ops import AddMember, MembershipOp, RemoveMember
+from raftfs.errors import NotLeader, OutcomeUnknown, RaftfsError
+from raftfs.meta.membership import Membership
 from tests.sim.clock import Process
 from tests.sim.node import Machine
 
@@ -20,7 +20,7 @@ KINDS = (
     "one-way partition", "leader deposed", "slow network", "connection broken", "slow disk",
     "disk full", "I/O error",
     "journal flip", "snapshot flip", "disk lost", "disk lost unnoticed", "join",
-    "member change asked", "leadership handed over", "chunkserver kill", "chunkserver power cut",
+    "administration asked", "leadership handed over", "chunkserver kill", "chunkserver power cut",
     "chunkserver pause", "chunkserver partition", "chunkserver full", "chunkserver replaced",
     "client partition", "client pause",
 )  # fmt: skip
@@ -259,7 +259,7 @@ class Faults:
 
     async def _flip_when_there(self) -> None:
         """In a file that is being sent or received; what carries it has checksums."""
-        for _ in range(400):
+        for _ in range(200):
             for machine in self.world.machines:
                 sent = sorted(machine.folder.glob("snapshot-*.out"))
                 for path in [*sent, machine.folder / "snapshot.in"]:
@@ -269,7 +269,7 @@ class Faults:
                         path.write_bytes(data)
                         self.world.seen["snapshot flip"] += 1
                         return
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.01)
 
     def _lose_disk(self, machine: Machine) -> str:
         """As an administrator would have it: one at a time, while the others are a majority."""
@@ -288,47 +288,37 @@ class Faults:
     def _membership(self, machine: Machine) -> str:
         members = self.world.members()
         waiting = [
-            (m.name, uuid) for m in self.world.masters
-            if m.name not in members and m.running and (uuid := m.joined_uuid())
+            m.name for m in self.world.masters
+            if m.name not in members and m.running and m.joined_uuid()
         ]  # fmt: skip
         spare = [m for m in self.world.masters if m.name not in members and not m.running]
         if waiting:
-            self._ask_leader(AddMember(*waiting[0]), "member added")
+            self._ask_leader("member added", lambda m: m.add(waiting[0]))
         elif spare and len(members) < 5 and self.chance.random() < 0.7:
+            if not self.world.members_settled():
+                return ""
             spare[0].new_disk(join=True)
             spare[0].peers = (*sorted(members), spare[0].name)
             spare[0].start()
             return "join"
         elif len(members) > 3 and machine.name in members:
-            self._ask_leader(RemoveMember(machine.name), "member removed")
+            self._ask_leader("member removed", lambda m: m.remove(machine.name))
         return ""
-
-    def _ask_leader(self, op: MembershipOp, done: str) -> None:
-        for leader in [m for m in self.world.masters if m.leads]:
-            assert leader.process is not None
-            ask = partial(self._change_members, leader, op, done)
-            self.world.loop.call_soon(ask, context=leader.process.here)
-
-    def _change_members(self, leader: Machine, op: MembershipOp, done: str) -> None:
-        assert leader.replica is not None
-        try:
-            future = leader.replica.change_members(op)
-        except (NotLeader, ReplyError):
-            return
-        self.world.seen["member change asked"] += 1
-        future.add_done_callback(
-            lambda f: self.world.note(done, not f.cancelled() and not f.exception())
-        )
 
     def _hand_over(self, machine: Machine) -> str:
-        async def ask() -> None:
-            try:
-                assert replica is not None
-                self.world.note("leadership handed over", bool(await replica.hand_over()))
-            except NotLeader:
-                return
-
-        process, replica = machine.process, machine.replica
-        if machine.leads and process is not None and replica is not None:
-            self.world.loop.create_task(ask(), context=process.here.copy())
+        to = machine.name if self.chance.random() < 0.5 else ""
+        self._ask_leader("leadership handed over", lambda m: m.transfer(to))
         return ""
+
+    def _ask_leader(self, done: str, ask: Callable[[Membership], Awaitable[str]]) -> None:
+        """Whoever leads is asked, as `raftfs member` and `raftfs leader` do."""
+        for leader in [m for m in self.world.masters if m.leads and m.master is not None]:
+            assert leader.process is not None and leader.master is not None
+            self.world.seen["administration asked"] += 1
+            work = self._administer(done, ask(leader.master.service._membership))
+            self.world.loop.create_task(work, context=leader.process.here.copy())
+
+    async def _administer(self, done: str, work: Awaitable[str]) -> None:
+        with suppress(NotLeader, OutcomeUnknown, RaftfsError):
+            await work
+            self.world.seen[done] += 1

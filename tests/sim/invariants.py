@@ -10,7 +10,7 @@ from raftfs.meta.state.apply import Applied, apply_batch
 from raftfs.meta.state.dictrows import DictRows
 from raftfs.wire import frame
 from raftfs.wire.messages import DirPage
-from raftfs.wire.ops import Result, decode_batch
+from raftfs.wire.ops import Found, MembershipOp, Result, decode_batch
 from tests.sim.broken import must
 
 _TERM, _COMMIT, _STATE = (
@@ -36,6 +36,7 @@ class Invariants:
         self.digests: dict[int, bytes] = {}
         self.done: dict[tuple[int, int], tuple[int, Result]] = {}
         self.committed = 0
+        self.members_since = 0  # the entry that said last who votes
         self.acknowledged = 0  # the highest index that a client was told of
         self._terms: dict[str, int] = {}
         self._looked: dict[str, tuple[Any, tuple[int, int, int]]] = {}
@@ -97,6 +98,8 @@ class Invariants:
         self.results[index] = results
         for one in results:
             self._once(index, one)
+            if isinstance(one.command.op, Found | MembershipOp) and not one.result.status:
+                self.members_since = index
         if self.truth.rows:
             page = read.readdir(self.truth, ROOT_INODE, b"", 100)
             if not self.listings or self.listings[-1][1] != page:

@@ -59,7 +59,7 @@ def test_a_finding_ends_with_the_line_that_repeats_it(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", IN_THE_SUITE)
 def test_a_planted_fault_is_found(name: str) -> None:
-    assert first_finding(MUTANTS[name], finding, range(25)), f"{name}: not found"
+    assert first_finding(MUTANTS[name], finding, range(50)), f"{name}: not found"
 
 
 @pytest.mark.parametrize("name", [n for n in MUTANTS if n not in IN_THE_SUITE])

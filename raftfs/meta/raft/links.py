@@ -54,7 +54,8 @@ class Links(Transport):  # type: ignore[misc]
         self._server: rpc.Server | None = None
         self._dialers: dict[str, asyncio.Task[None]] = {}
         self._told: set[tuple[str, bytes]] = set()
-        self._heard_of: dict[str, list[str]] = {}  # a learner: the masters, by who said so
+        self._masters: list[str] = []  # as others are told
+        self._heard_of: dict[str, list[str]] = {}  # the masters as others have them
 
     # --- pysyncobj's seam
 
@@ -96,14 +97,18 @@ class Links(Transport):  # type: ignore[misc]
         self.set_peers(self._peers)
 
     def set_peers(self, peers: list[str]) -> None:
-        """These are the masters from now on: others are hung up on, new ones dialed, and learners
-        are told.
+        """These are the masters from now on: others are hung up on, new ones dialed. Also those
+        whom somebody else takes for masters: this replica may have missed their coming.
         """
         self._peers = peers
-        if self.me.voter:
-            for name in [n for n in self._links if "#" in n]:
-                self._links[name].notify(Masters(peers))
         self._dial_all(sorted({*peers, *chain.from_iterable(self._heard_of.values())}))
+
+    def tell(self, masters: list[str]) -> None:
+        """Everybody who is or comes to be connected hears of these masters."""
+        if masters != self._masters:
+            self._masters = masters
+            for link in self._links.values():
+                link.notify(Masters(masters))
 
     def _dial_all(self, peers: list[str]) -> None:
         for peer in peers:
@@ -173,8 +178,8 @@ class Links(Transport):  # type: ignore[misc]
         if old is not None:
             old.close()
         self._nodes.setdefault(name, Node(name))
-        if self.me.voter and not peer.voter:
-            link.notify(Masters(self._peers))
+        if self._masters:
+            link.notify(Masters(self._masters))
         self._up(name)
 
     def _refuse(self, link: Link, peer: PeerName) -> bool:
@@ -219,6 +224,6 @@ class Links(Transport):  # type: ignore[misc]
             return
         if not isinstance(message, Masters):
             self._receive(self._nodes[name], message)
-        elif not self.me.voter:
+        elif message.names != self._heard_of.get(name):
             self._heard_of[name] = message.names
             self.set_peers(self._peers)

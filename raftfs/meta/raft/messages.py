@@ -113,8 +113,8 @@ class CheckpointMade(Tagged, tag=12):
 
 
 class Masters(Tagged, tag=13):
-    """Voter to a learner: these vote, as far as I know. It may have missed who came, and the one
-    that leads may be among those.
+    """These vote, as far as I know. Who was away may have missed who came, and nobody may dial it:
+    not a learner, and not a master with the greater name.
     """
 
     names: list[str]

@@ -202,6 +202,7 @@ class Replica:
             self._me(), self._roster.names(), self._key, self._refusal, self._received,
             self._refused,
         )  # fmt: skip
+        self._links.tell(sorted(self._roster.members))
         await self._links.start()
 
     def _make_core(self) -> None:
@@ -408,6 +409,7 @@ class Replica:
             self._fail_quietly(UserError(f"{gone}: its masters are {masters}"))
         elif self._links is not None:
             self._links.set_peers(roster.names())
+            self._links.tell(sorted(members))
 
     async def _become_voter(self) -> None:
         """Vote under the name from now on. Not before the change is in a checkpoint: after a

@@ -130,7 +130,8 @@ class Roster:
 
     def _refusal_of_stranger(self, peer: PeerName) -> Refused | None:
         masters = ",".join(self.names())
-        if peer.name in self._identity.peers:
+        # Only who it was then: removed, it may have come again with another identity.
+        if self._identity.peers.get(peer.name) == peer.uuid:
             return Refused(f"{removed(peer.name)}: its masters are {masters}", removed=True)
         if self._may_have_missed_it():
             return None

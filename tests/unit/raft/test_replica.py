@@ -309,6 +309,22 @@ def test_who_joins_lets_in_a_master_that_its_peers_leave_out(tmp_path: Path) -> 
     run(story())
 
 
+def test_only_who_was_removed_is_told_so_not_who_came_again(tmp_path: Path) -> None:
+    """A replica that had missed a master's return once told it, which stopped, the leader even."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            one = t.replicas[0]
+            old = PeerName("127.0.0.1:1", b"o" * 16, voter=True, joining=False)
+            one._identity.learn(old.name, old.uuid)
+            told = one._refusal(old)
+            assert told is not None and told.removed
+            again = one._refusal(PeerName(old.name, b"n" * 16, True, False))
+            assert again is None or not again.removed
+
+    run(story())
+
+
 def test_a_learner_that_missed_a_masters_coming_is_told_of_it_and_dials_it(tmp_path: Path) -> None:
     """Nobody dials a learner; if the new master leads, it once waited for another leader."""
 
