@@ -17,8 +17,8 @@ from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.messages import (
     Ack,
     Append,
-    Contact,
     CampaignNow,
+    Contact,
     PreVote,
     PreVoteAnswer,
     Vote,
