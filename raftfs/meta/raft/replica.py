@@ -580,9 +580,13 @@ class Replica:
             core = self._core
             if core is None or self._stopped or index <= core.last_applied:
                 return
-            self._journal.expect(index, term)
-            self.machine.install(path)
-            core.snapshot_installed(index, term)
+            try:
+                self._journal.expect(index, term)
+                self.machine.install(path)
+                core.snapshot_installed(index, term)
+            except Exception as e:
+                self._fail(e)  # half done: the next start finds out how far
+                raise RaftfsError(f"snapshot not installed: {e}") from e
             self._members_changed()
 
     # --- what others ask

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raftfs.cli.benchcore import free_ports
-from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, UserError
+from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, RaftfsError, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
 from raftfs.meta.raft.journal import DurableJournal, JournalError
 from raftfs.meta.raft.messages import PeerName, Refused
@@ -243,6 +243,27 @@ def test_who_joins_lets_in_a_master_that_its_peers_leave_out(tmp_path: Path) -> 
         finally:
             await replica.stop()
             store.close()
+
+    run(story())
+
+
+def test_a_disk_that_fails_while_a_snapshot_is_installed_stops_the_replica(tmp_path: Path) -> None:
+    """It once went on with a journal that had failed, and could never install another one."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            leader = t.leader()
+            assert leader is not None
+            one = t.replicas[(leader + 1) % 3]
+
+            def full(index: int, term: int) -> None:
+                raise JournalError("No space left on device")
+
+            one._journal.expect = full  # type: ignore[method-assign]
+            one.machine.index_of = lambda path: (999, 9)  # type: ignore[method-assign]
+            with pytest.raises(RaftfsError, match="not installed"):
+                await one._install(tmp_path / "snapshot", 999, 9)
+            assert isinstance(one.failed.exception(), JournalError)
 
     run(story())
 
