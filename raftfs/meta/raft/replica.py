@@ -144,6 +144,7 @@ class Replica:
         if self._known_members.get(self.config.name) == self._identity.uuid:
             self._identity.promote()  # a stop came between the checkpoint that says so and this
         self._check_members()
+        self._learn_members()  # nor may it wait for whoever came then to be met
         self._sender = SnapshotSender(
             folder, self.machine.copy_to, self._send, self._snapshot_taken, self._around.wall_ns()
         )
@@ -466,9 +467,7 @@ class Replica:
         self._checkpoints.members_new = True
         if self._core is not None:
             self._core.set_members(self._known_members)
-        for name, uuid in self._known_members.items():
-            if name != self.config.name and self._identity.peers.get(name) != uuid:
-                self._identity.learn(name, uuid)
+        self._learn_members()
         mine = self._known_members.get(self.config.name) == self._identity.uuid
         if mine and not self._identity.voter and not self._promoting:
             self._promoting = True
@@ -480,6 +479,11 @@ class Replica:
         elif self._links is not None:
             self._links.set_peers(self._names())
             self._links.tell(sorted(self._known_members))
+
+    def _learn_members(self) -> None:
+        for name, uuid in self._known_members.items():
+            if name != self.config.name and self._identity.peers.get(name) != uuid:
+                self._identity.learn(name, uuid)
 
     async def _become_voter(self) -> None:
         """Vote under the name from now on. Not before the change is in a checkpoint: after a

@@ -268,6 +268,27 @@ def test_a_disk_that_fails_while_a_snapshot_is_installed_stops_the_replica(tmp_p
     run(story())
 
 
+def test_a_start_does_not_wait_for_a_master_that_only_the_state_knows(tmp_path: Path) -> None:
+    """A stop came between installing a snapshot that names it and learning who it is."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            stopped = t.replicas[0]
+            await t.until(lambda: stopped.machine.members() and stopped.machine.checkpointed[0],
+                          "a checkpoint that names the masters")  # fmt: skip
+            await stopped.stop()
+            forgotten = stopped.config.peers[1]
+            del stopped._identity.peers[forgotten]
+            stopped._identity.save()
+            t.stores[0].close()
+            store = t.stores[0] = MetaStore(tmp_path / "0" / "state.mdb")
+            t.replicas[0] = Replica(stopped.config, store, KEY)
+            await asyncio.wait_for(t.replicas[0].start(), 20)
+            assert forgotten in t.replicas[0]._identity.peers
+
+    run(story())
+
+
 def test_only_who_was_removed_is_told_so_not_who_came_again(tmp_path: Path) -> None:
     """A replica that had missed a master's return once told it, which stopped, the leader even."""
 
