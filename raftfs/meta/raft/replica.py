@@ -22,7 +22,7 @@ from pysyncobj.node import Node
 from raftfs.errors import NotLeader, RaftfsError, ReplyError, Status, UserError
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints, Freezing
 from raftfs.meta.raft.identity import Identity
-from raftfs.meta.raft.journal import DurableJournal, JournalError
+from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.raft.keptlog import KeptDamaged
 from raftfs.meta.raft.links import Links
 from raftfs.meta.raft.messages import (
@@ -161,6 +161,7 @@ class Replica:
         if self._roster.names_me:
             self._identity.promote()  # a stop came between the checkpoint that says so and this
         self._roster.check_peers()
+        self._roster.changed(self._roster.members)  # whoever came then need not be met
         self._sender = SnapshotSender(
             folder, self.machine.copy_to, self._send, self._snapshot_taken, self._around.wall_ns()
         )
@@ -541,11 +542,11 @@ class Replica:
                 return
             try:
                 self._journal.expect(index, term)
-            except JournalError as e:  # the snapshot is not to blame
-                self._fail(e)
-                raise
-            self.machine.install(path)
-            core.snapshot_installed(index, term)
+                self.machine.install(path)
+                core.snapshot_installed(index, term)
+            except Exception as e:
+                self._fail(e)  # half done: the next start finds out how far
+                raise RaftfsError(f"snapshot not installed: {e}") from e
             self._members_changed()
 
     # --- what others ask

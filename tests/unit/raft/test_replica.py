@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from raftfs.cli.benchcore import free_ports
-from raftfs.errors import InvariantError, NotLeader, OutcomeUnknown, StateDiffers, UserError
+from raftfs.errors import (
+    InvariantError,
+    NotLeader,
+    OutcomeUnknown,
+    RaftfsError,
+    StateDiffers,
+    UserError,
+)
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
 from raftfs.meta.raft.configurations import Configurations
 from raftfs.meta.raft.journal import SEGMENT_BYTES, DurableJournal, JournalError
@@ -305,6 +312,48 @@ def test_who_joins_lets_in_a_master_that_its_peers_leave_out(tmp_path: Path) -> 
         finally:
             await replica.stop()
             store.close()
+
+    run(story())
+
+
+def test_a_disk_that_fails_while_a_snapshot_is_installed_stops_the_replica(tmp_path: Path) -> None:
+    """It once went on with a journal that had failed, and could never install another one."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            leader = t.leader()
+            assert leader is not None
+            one = t.replicas[(leader + 1) % 3]
+
+            def full(index: int, term: int) -> None:
+                raise JournalError("No space left on device")
+
+            one._journal.expect = full  # type: ignore[method-assign]
+            one.machine.index_of = lambda path: (999, 9)  # type: ignore[method-assign]
+            with pytest.raises(RaftfsError, match="not installed"):
+                await one._install(tmp_path / "snapshot", 999, 9)
+            assert isinstance(one.failed.exception(), JournalError)
+
+    run(story())
+
+
+def test_a_start_does_not_wait_for_a_master_that_only_the_state_knows(tmp_path: Path) -> None:
+    """A stop came between installing a snapshot that names it and learning who it is."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            stopped = t.replicas[0]
+            await t.until(lambda: stopped.machine.members() and stopped.machine.checkpointed[0],
+                          "a checkpoint that names the masters")  # fmt: skip
+            await stopped.stop()
+            forgotten = stopped.config.peers[1]
+            del stopped._identity.peers[forgotten]
+            stopped._identity.save()
+            t.stores[0].close()
+            store = t.stores[0] = MetaStore(tmp_path / "0" / "state.mdb")
+            t.replicas[0] = Replica(stopped.config, store, KEY)
+            await asyncio.wait_for(t.replicas[0].start(), 20)
+            assert forgotten in t.replicas[0]._identity.peers
 
     run(story())
 
