@@ -192,7 +192,9 @@ def test_a_true_hole_is_loud_and_an_image_closes_it(cluster: ScenarioCluster) ->
     time.sleep(3)  # a checkpoint, behind which the masters keep next to nothing
     metalogger.start()
     cluster.wait("the hole", lambda: "# HOLE" in metalogger.changelog())
-    (hole,) = json.loads((metalogger.folder / "learner.json").read_text())["holes"]
+    told = metalogger.folder / "learner.json"
+    cluster.wait("the hole to be told", lambda: json.loads(told.read_text())["holes"])
+    (hole,) = json.loads(told.read_text())["holes"]
     assert hole["first"] > last and hole["last"] > hole["first"] + 100
     marked = f"# HOLE: lines {hole['first']} to {hole['last']} missing\n"
     assert marked in metalogger.changelog()

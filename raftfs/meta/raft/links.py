@@ -98,10 +98,12 @@ class Links(Transport):  # type: ignore[misc]
 
     def set_peers(self, peers: list[str]) -> None:
         """These are the masters from now on: others are hung up on, new ones dialed. Also those
-        whom somebody else takes for masters: this replica may have missed their coming.
+        whom somebody else takes for masters: this replica may have missed their coming. What one
+        says of itself does not count: it may have missed that it was removed.
         """
         self._peers = peers
-        self._dial_all(sorted({*peers, *chain.from_iterable(self._heard_of.values())}))
+        heard = ((name for name in names if name != who) for who, names in self._heard_of.items())
+        self._dial_all(sorted({*peers, *chain.from_iterable(heard)}))
 
     def tell(self, masters: list[str]) -> None:
         """Everybody who is or comes to be connected hears of these masters."""
