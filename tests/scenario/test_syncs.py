@@ -47,8 +47,10 @@ def test_every_answer_to_a_change_leaves_after_an_fdatasync_that_returned(tmp_pa
 
 
 def _answers(trace: str, port: int) -> list[bool]:
-    """For each answer to a client: whether a sync returned between the request and it."""
-    asked = synced = False
+    """For each answer to a change: whether a sync returned between the request and it. Questions
+    that change nothing come in between; an answer names its request.
+    """
+    asked, synced = b"", False
     found = []
     for line in trace.splitlines():
         returned = re.search(r"= (\d+)$", line)
@@ -57,8 +59,17 @@ def _answers(trace: str, port: int) -> list[bool]:
         elif f"TCP:[127.0.0.1:{port}->" not in line:
             continue
         elif re.search(r"\d+ +(read|recvfrom|recvmsg)\(.*traced\d", line):
-            asked, synced = True, False
-        elif re.search(r"\d+ +(write|writev|sendto|sendmsg)\(", line) and asked:
+            asked, synced = _request(line), False
+        elif re.search(r"\d+ +(write|writev|sendto|sendmsg)\(", line) and asked == _request(line):
             found.append(synced)
-            asked = False
+            asked = b""
     return found
+
+
+def _request(line: str) -> bytes:
+    """The number of the request that the first frame in this line is, or answers (`wire/frame.py`:
+    a length of 4 bytes, the kind in one, the number in 8).
+    """
+    text = re.search(r'"((?:[^"\\]|\\.)*)"', line)
+    assert text is not None, line
+    return text[1].encode("ascii").decode("unicode_escape").encode("latin-1")[5:13]
