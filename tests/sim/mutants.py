@@ -147,7 +147,10 @@ MUTANTS: dict[str, Planted] = {**JOURNAL, **RAFT_LAYER, **REPLICA, **SERVICES, *
 IN_THE_SUITE = (
     "the journal is not synced", "the name of a new segment is not synced",
     "a sent snapshot counts as the whole log", "one replica applies otherwise",
-    "a retry is not recognised",
+    "a snapshot leaves the old log as it was", "checkpoints do not wait for the journal",
+    "acknowledged before it is durable", "a retry is not recognised",
+    "the leader's commit index is believed for what was not compared",
+    "surplus copies go without being condemned",
 )  # fmt: skip
 
 
