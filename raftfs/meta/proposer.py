@@ -7,13 +7,13 @@ turn shares one entry, one fdatasync and one round trip.
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 import structlog
 
 from raftfs.const import BATCH_BYTES_MAX, BATCH_COMMANDS_MAX
 from raftfs.errors import NotLeader, OutcomeUnknown, ReplyError, Status
 from raftfs.meta.raft.replica import Replica
+from raftfs.meta.state.apply import Applied
 from raftfs.wire.ops import Batch, Command, Op, Result, encode_batch
 
 log = structlog.get_logger("raftfs.proposer")
@@ -69,7 +69,7 @@ class Proposer:
             self._submit(part[middle:])
             return
         try:
-            done = self._replica.submit(data)
+            self._replica.propose(data, lambda applied, error: self._finished(part, applied, error))
         except NotLeader:
             _fail([f for _, f in part], ReplyError(Status.NOT_LEADER))
             return
@@ -77,22 +77,17 @@ class Proposer:
             _fail([f for _, f in part], e)
             return
         self._in_flight += len(part)
-        done.add_done_callback(lambda d: self._finished(d, part))
 
     def _finished(
-        self, done: "asyncio.Future[list[Any]]", part: list[tuple[Command,
-        "asyncio.Future[Result]"]]
-    ) -> None:
+        self, part: list[tuple[Command, "asyncio.Future[Result]"]], applied: list[Applied],
+        error: Exception | None,
+    ) -> None:  # fmt: skip
         self._in_flight -= len(part)
         waiters = [f for _, f in part]
-        if done.cancelled():
-            _fail(waiters, ReplyError(Status.UNKNOWN))
-            return
-        error = done.exception()
         if error is None:
-            for waiter, applied in zip(waiters, done.result(), strict=True):
+            for waiter, one in zip(waiters, applied, strict=True):
                 if not waiter.done():
-                    waiter.set_result(applied.result)
+                    waiter.set_result(one.result)
         elif isinstance(error, NotLeader):
             _fail(waiters, ReplyError(Status.NOT_LEADER))
         else:

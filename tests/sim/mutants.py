@@ -100,7 +100,7 @@ SERVICES: dict[str, Planted] = {
         apply, "_apply", ("isinstance(kept, ResultRow) and kept.seq == seq", "False")
     ),
     "answers of a batch are mixed up": edited(
-        Proposer, "_finished", ("done.result(), strict", "reversed(done.result()), strict")
+        Proposer, "_finished", ("applied, strict", "reversed(applied), strict")
     ),
     "reads without a barrier": edited(
         ClientService, "_read", ("await self._replica.read_barrier()", "pass")

@@ -72,12 +72,14 @@ class SimSyncer:
         self._longest, self._chance, self._journal, self._done = longest, chance, journal, done
         self._busy = False
 
-    def kick(self) -> None:
+    def kick(self) -> bool:
         """Sync what is pending, unless a sync is under way."""
-        if not self._busy and self._journal.take():
-            self._busy = True
-            delay = self._chance.uniform(0.0005, self._longest())
-            asyncio.get_running_loop().call_later(delay, self._write)
+        if self._busy or not self._journal.take():
+            return False
+        self._busy = True
+        delay = self._chance.uniform(0.0005, self._longest())
+        asyncio.get_running_loop().call_later(delay, self._write)
+        return True
 
     def _write(self) -> None:
         error: BaseException | None = None

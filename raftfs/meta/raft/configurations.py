@@ -27,6 +27,7 @@ class Configurations:
     def __init__(self, applied: Members) -> None:
         self._applied = applied
         self._coming: list[tuple[int, Members]] = []
+        self._voters: list[set[str]] = []  # of each configuration; empty: to be worked out anew
 
     @property
     def changing(self) -> bool:
@@ -42,15 +43,18 @@ class Configurations:
         """A change came into the log."""
         invariant(len(members) > 0, "a cluster without voters")
         self._coming.append((index, members))
+        self._voters = []
 
     def cut(self, index: int) -> None:
         """The log was cut from `index` on."""
         self._coming = [c for c in self._coming if c[0] < index]
+        self._voters = []
 
     def apply(self, index: int, members: Members) -> None:
         """These are the voters of the state after entry `index`."""
         self._applied = members
         self._coming = [c for c in self._coming if c[0] > index]
+        self._voters = []
 
     def agree(self, nodes: set[str]) -> bool:
         """Whether these nodes are a majority of each configuration."""
@@ -105,7 +109,10 @@ class Configurations:
         return [self._applied, *(m for _, m in self._coming)]
 
     def _all(self) -> list[set[str]]:
-        return [self._names(m) for m in self._members()]
+        """Asked several times a command, and changed once in a cluster's life."""
+        if not self._voters:
+            self._voters = [self._names(m) for m in self._members()]
+        return self._voters
 
     def _names(self, members: Members) -> set[str]:
         return {

@@ -53,6 +53,8 @@ from raftfs.wire.ops import (
 
 log = structlog.get_logger("raftfs.raft")
 
+Done = Callable[[Any, Exception | None], None]
+
 _TICK_S = 0.01
 _HAND_OVER_PAUSE_S = 10.0
 _HAND_OVER_S = 0.5
@@ -116,6 +118,7 @@ class Replica:
         self._syncer: Syncer | None = None
         self._scheduled = False
         self._proposed = False
+        self._pressing = False  # the next step must not wait for a sync
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._elections = 0
@@ -126,6 +129,7 @@ class Replica:
         self._handing_over = False
         self._no_hand_over_until = 0.0
         self._membership_asked = 0.0
+        self._chores_due = 0.0
         self.on_role: list[Callable[[], None]] = []
         self.on_applied: list[Callable[[int, bytes, list[Applied]], None]] = []
         self.failed: asyncio.Future[None] = self._loop.create_future()
@@ -298,6 +302,7 @@ class Replica:
                 self._core.receive(node, message)
         except Exception as e:
             self._fail(e)
+        self._pressing |= self._core.state == LEADER
         self._kick()
 
     def _send(self, node: Node, message: Any) -> bool:
@@ -306,7 +311,11 @@ class Replica:
     def _kick(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._run)
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        if self._scheduled:  # else a sync that has ended came first
+            self._run()
 
     def _on_timer(self) -> None:
         if not self._stopped:
@@ -314,6 +323,7 @@ class Replica:
                 self._checkpoints.watch.turned(self._loop.time() - self._timer.when())
             self._timer = self._loop.call_later(_TICK_S, self._on_timer)
             self.machine.tidy()
+            self._pressing = True
             self._kick()
 
     def _run(self) -> None:
@@ -327,9 +337,12 @@ class Replica:
                 self._links.flush()  # so that followers write while this node does
             self._proposed = False
             self._sender.term = core.term
-            syncer.kick()
-            core.step()
-            syncer.kick()  # what the step added
+            if not syncer.kick() or self._pressing:
+                self._pressing = False
+                core.step()
+                syncer.kick()  # what the step added
+            # Else the thread needs the interpreter to begin, and what a follower has to apply (or a
+            # leader that only has proposals) can wait for the sync, or for the timer.
             self._look_around(core)
         except Exception as e:
             self._fail(e)
@@ -339,6 +352,7 @@ class Replica:
         if error is not None:
             self._fail(error)
         else:
+            self._pressing = True
             self._run()
 
     def _look_around(self, core: SafeSyncObj) -> None:
@@ -354,6 +368,9 @@ class Replica:
 
     def _lead(self, core: SafeSyncObj) -> None:
         now = self._loop.time()
+        if now < self._chores_due:
+            return
+        self._chores_due = now + _TICK_S
         if now - self._membership_asked > 1.0:
             self._membership_asked = now
             if not self._roster.members:
@@ -433,14 +450,21 @@ class Replica:
 
     # --- proposals and reads
 
-    def submit(self, data: bytes) -> "asyncio.Future[list[Applied]]":
+    def propose(self, data: bytes, done: Done) -> None:
         """Commit and apply an entry. NotLeader or BUSY (leadership is being handed over) at once;
-        the future may give OutcomeUnknown.
+        else `done(applied, error)` is called once, in the turn in which it was applied, or with
+        OutcomeUnknown. It must not raise.
         """
         core = self._leading()
         if self._handing_over:
             raise ReplyError(Status.BUSY)
-        return self._submit(core.propose, data)
+        core.propose(data, done)
+        self._proposed = True
+        self._kick()
+
+    def submit(self, data: bytes) -> "asyncio.Future[list[Applied]]":
+        """As `propose`, for who would rather wait."""
+        return self._submit(self.propose, data)
 
     def change_members(self, op: MembershipOp) -> "asyncio.Future[list[Applied]]":
         """As `submit`, for the one operation that changes who votes. BUSY: one is under way."""
@@ -456,7 +480,7 @@ class Replica:
         return core
 
     def _submit(
-        self, propose: Callable[[bytes, Callable[[Any, Exception | None], None]], None], data: bytes
+        self, propose: Callable[[bytes, Done], None], data: bytes
     ) -> "asyncio.Future[list[Applied]]":
         future: asyncio.Future[list[Applied]] = self._loop.create_future()
 
@@ -489,6 +513,7 @@ class Replica:
                 future.set_exception(error)
 
         core.read_index(done)
+        self._pressing = True
         self._kick()
         await future
 

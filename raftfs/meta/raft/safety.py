@@ -212,6 +212,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
 
         This node counts itself with what is on its own disk; that may be behind the others'.
         """
+        if self.commit_index >= self.journal.last_index:
+            return
         reached = self.configurations.reached(self._durable_at())
         index = min(reached, self.journal.last_index)
         if index > self.commit_index and self.journal.term_at(index) == self.term:
@@ -417,11 +419,12 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
             if m.next_index <= 2 and self._replaces_a_voter(node):
                 self.next_index[node] = 0  # it has nothing: a snapshot is shorter than the log
             self.heartbeat_due = 0.0
+        at = self.next_index[node]
+        if at > self._may_have(node):
+            return
         # A node that waits for a snapshot, or for old entries to be read, gets nothing of the log:
         # hurrying would only have it answer again, and again, for as long as that takes.
-        at = self.next_index[node]
-        waits = self._needs_snapshot(node) or not self.journal.kept.at_hand(at)
-        if at <= self._may_have(node) and not waits:
+        if not self._needs_snapshot(node) and self.journal.kept.at_hand(at):
             self.heartbeat_due = 0.0
 
     def _replaces_a_voter(self, node: Node) -> bool:

@@ -33,11 +33,15 @@ class Syncer:
         self._thread = threading.Thread(target=self._run, name="raftfs-journal", daemon=True)
         self._thread.start()
 
-    def kick(self) -> None:
-        """Sync what is pending, unless a sync is under way; it is followed by another."""
-        if not self._busy and self._journal.take():
-            self._busy = True
-            self._go.put(True)
+    def kick(self) -> bool:
+        """Sync what is pending, unless a sync is under way; it is followed by another. Whether one
+        begins now.
+        """
+        if self._busy or not self._journal.take():
+            return False
+        self._busy = True
+        self._go.put(True)
+        return True
 
     def _run(self) -> None:
         while self._go.get():
