@@ -12,6 +12,7 @@ No method here awaits or blocks except for the journal's fdatasync. Time is
 
 from collections import deque
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import structlog
@@ -41,17 +42,20 @@ APPEND_BYTES = 1 << 20  # per message; a batch entry is at most about this
 WINDOW_ENTRIES = 2_000  # sent but not acknowledged, per follower
 
 
+class _Private(property):
+    """A private field of SyncObj under a plain name; None until SyncObj has set it."""
+
+    def __init__(self, name: str) -> None:
+        self._field = field = f"_SyncObj__{name}"
+        # attrgetter, because a command takes more than a hundred of these.
+        super().__init__(attrgetter(field), lambda obj, value: setattr(obj, field, value))
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        setattr(owner, self._field, None)
+
+
 def _private(name: str) -> Any:
-    """A private field of SyncObj under a plain name."""
-    mangled = f"_SyncObj__{name}"
-
-    def get(self: Any) -> Any:
-        return self.__dict__.get(mangled)
-
-    def set_(self: Any, value: Any) -> None:
-        self.__dict__[mangled] = value
-
-    return property(get, set_)
+    return _Private(name)
 
 
 class Timings:
