@@ -32,7 +32,7 @@ _GC_THRESHOLDS = (50_000, 50, 1_000)
 def run(program: str, serve: Callable[[Stop], Awaitable[None]], *, level: str = "info") -> int:
     """Run `serve(stop)` under uvloop until it returns. Gives the exit status."""
     logging_setup.setup(program, level=level)
-    gc.set_threshold(*_GC_THRESHOLDS)
+    collect_rarely()
 
     async def main() -> None:
         stop = asyncio.Event()
@@ -48,6 +48,11 @@ def run(program: str, serve: Callable[[Stop], Awaitable[None]], *, level: str = 
         say(program, e)
         return e.exit_status
     return 0
+
+
+def collect_rarely() -> None:
+    """Have the garbage collector run as it does in every daemon."""
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 async def until(stop: Stop, failed: "asyncio.Future[None]") -> None:

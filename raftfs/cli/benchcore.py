@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from raftfs import log
+from raftfs import daemon, log
 from raftfs.const import ROOT_INODE, SESSION_WINDOW
 from raftfs.errors import UserError, invariant
 from raftfs.meta.proposer import Proposer
@@ -221,6 +221,7 @@ def _replica(args: argparse.Namespace) -> int:
     import uvloop
 
     log.setup("raftfs-bench-core", "warning")
+    daemon.collect_rarely()
     uvloop.run(_serve(args))
     return 0
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import uvloop
 
-from raftfs import log
+from raftfs import daemon, log
 from raftfs.cli.benchcore import free_ports
 from raftfs.client.meta import connect_tool, parse_masters
 from raftfs.const import ROOT_INODE
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status."""
     args = parser().parse_args(argv)
     log.setup("raftfs-bench-store", "warning")
+    daemon.collect_rarely()
     try:
         folder = Path(tempfile.mkdtemp(prefix="raftfs-bench-store-", dir=args.dir))
     except OSError as e:

@@ -16,25 +16,39 @@ MISSING: Any = object()
 
 
 class Overlay:
-    """Rows changed since some moment; None: deleted. `groups` finds them for scans."""
+    """Rows changed since some moment; None: deleted. `groups` finds them for scans: their keys, or
+    the key, as most groups have one. A set for each would be many times the size of the keys, and
+    what the garbage collector has to walk through again and again.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[bytes, Row | None] = {}
-        self.groups: dict[bytes, set[bytes]] = {}
+        self.groups: dict[bytes, bytes | set[bytes]] = {}
         self.tables: dict[int, set[bytes]] = {table: set() for table in SWEPT}
 
     def put(self, key: bytes, row: Row | None) -> None:
         """Set or delete a row."""
         if key not in self.rows:
-            self.groups.setdefault(key[:GROUP_LEN], set()).add(key)
+            self._add_to_group(key)
             if key[0] in SWEPT:
                 self.tables[key[0]].add(key)
         self.rows[key] = row
 
+    def _add_to_group(self, key: bytes) -> None:
+        group = key[:GROUP_LEN]
+        there = self.groups.get(group)
+        if there is None:
+            self.groups[group] = key
+        elif isinstance(there, bytes):
+            self.groups[group] = {there, key}
+        else:
+            there.add(key)
+
     def matching(self, prefix: bytes, after: bytes) -> list[bytes]:
         """Changed keys that a scan has to look at, sorted."""
         if len(prefix) >= GROUP_LEN:
-            keys: Any = self.groups.get(prefix[:GROUP_LEN], ())
+            group = self.groups.get(prefix[:GROUP_LEN], ())
+            keys: Any = (group,) if isinstance(group, bytes) else group
         elif prefix and prefix[0] in SWEPT:
             keys = self.tables[prefix[0]]
         else:

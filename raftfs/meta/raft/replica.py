@@ -118,7 +118,7 @@ class Replica:
         self._syncer: Syncer | None = None
         self._scheduled = False
         self._proposed = False
-        self._pressing = False  # the next step must not wait for a sync
+        self._pressing = False  # somebody waits for the next step
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._elections = 0
@@ -323,7 +323,6 @@ class Replica:
                 self._checkpoints.watch.turned(self._loop.time() - self._timer.when())
             self._timer = self._loop.call_later(_TICK_S, self._on_timer)
             self.machine.tidy()
-            self._pressing = True
             self._kick()
 
     def _run(self) -> None:
@@ -337,12 +336,12 @@ class Replica:
                 self._links.flush()  # so that followers write while this node does
             self._proposed = False
             self._sender.term = core.term
+            # When a sync begins, its thread needs the interpreter. What a follower has to apply can
+            # wait, and so can a leader that heard nothing new: for a message, the timer, the sync.
             if not syncer.kick() or self._pressing:
                 self._pressing = False
                 core.step()
                 syncer.kick()  # what the step added
-            # Else the thread needs the interpreter to begin, and what a follower has to apply (or a
-            # leader that only has proposals) can wait for the sync, or for the timer.
             self._look_around(core)
         except Exception as e:
             self._fail(e)

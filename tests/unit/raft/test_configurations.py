@@ -56,6 +56,7 @@ def test_a_change_that_is_cut_from_the_log_counts_no_more() -> None:
     c = Configurations(members("abc"))
     c.propose(5, members("abcd"))
     c.propose(7, members("abcde"))
+    assert not c.agree({A, B}), "two of four"
     c.cut(6)
     assert c.latest == members("abcd")
     c.cut(5)

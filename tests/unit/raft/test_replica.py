@@ -213,6 +213,27 @@ def test_a_leader_with_a_slow_disk_goes_on_with_those_of_the_others(tmp_path: Pa
     run(story())
 
 
+def test_a_follower_with_a_slow_disk_applies_what_the_others_commit(tmp_path: Path) -> None:
+    """A pass that begins a sync leaves the rest for later, but not until the sync has ended."""
+
+    async def story() -> None:
+        async with trio(tmp_path) as t:
+            await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            follower = (leader + 1) % 3
+            t.files[follower].delay_s = 2.0
+            for _ in range(5):
+                await t.mkdir()
+            reached = t.stores[leader].applied[0]
+            await t.until(lambda: t.stores[follower].applied[0] >= reached, "applied")
+            assert t.files[follower].slow_syncs == 1, "all this happened within one sync"
+            assert t.replicas[follower]._journal.durable_index < reached
+            t.files[follower].delay_s = 0.0
+
+    run(story())
+
+
 def test_a_leader_whose_disk_fails_stops_and_another_one_leads(tmp_path: Path) -> None:
     async def story() -> None:
         async with trio(tmp_path) as t:

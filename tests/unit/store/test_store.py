@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from raftfs.errors import InvariantError, StateDiffers, UserError
+from raftfs.meta.rowcache import Overlay
 from raftfs.meta.state import invariants, read
 from raftfs.meta.state.apply import apply_batch
 from raftfs.meta.state.dictrows import DictRows
+from raftfs.meta.state.model import GROUP_LEN
 from raftfs.meta.store import MetaStore, file_index
 from raftfs.wire import ops
 from raftfs.wire.ops import decode_batch
@@ -73,6 +75,21 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(d: Driver) -> None:
     assert {keep, new}.isdisjoint({gone})
     digest = d.store.digest()
     assert d.reopen().store.digest() == digest
+
+
+def test_a_scan_finds_a_group_of_one_changed_row_and_of_several() -> None:
+    """A group is its only key, or a set of keys."""
+    overlay = Overlay()
+    one, several = b"E" + b"1" * 8, b"E" + b"2" * 8
+    assert len(one) == GROUP_LEN
+    overlay.put(one + b"a", None)
+    for name in (b"c", b"b", b"b", b"d"):
+        overlay.put(several + name, None)
+    assert overlay.matching(one, b"") == [one + b"a"]
+    assert overlay.matching(one + b"b", b"") == []
+    assert overlay.matching(several, b"") == [several + b"b", several + b"c", several + b"d"]
+    assert overlay.matching(several, b"b") == [several + b"c", several + b"d"]
+    assert overlay.matching(b"E" + b"3" * 8, b"") == []
 
 
 def test_scans_merge_overlay_frozen_and_file(d: Driver) -> None:
