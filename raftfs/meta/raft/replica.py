@@ -3,8 +3,9 @@
 Life: `start` loads identity and journal, opens the links, waits until every peer was met once
 (first start only), then the node runs: each message or proposal schedules one `_run` for the end of
 the loop's turn (replicate, acknowledge, commit, apply), as do a timer every 10 ms and each sync of
-the journal, which is a thread's work (`syncer.py`). Tasks: `_checkpoints` (freeze in the loop,
-write in a thread, thaw in the loop, compact the journal).
+the journal, which is a thread's work (`syncer.py`); `docs/decisions/010` tells what the time of a
+command is made of. Tasks: `_checkpoints` (freeze in the loop, write in a thread, thaw in the loop,
+compact the journal).
 
 Whatever must not be survived (journal error, bug in apply, damaged state) resolves `failed`; the
 owner stops the process. Nothing is served from then on.
