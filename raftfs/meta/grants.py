@@ -130,15 +130,20 @@ class Grants:
         """Whether servers that have not come yet may hold copies that are better than all here:
         newer ones just after a bootstrap, sure ones after a power cut.
         """
-        copies = self.copies(chunk, fenced=False)
-        if len(copies) >= chunk.goal:
-            return False
+        known = self.copies(chunk, fenced=False)
         now = time.monotonic()
         if unsettled(chunk.version, chunk.restored) and now < self._patient_until:
-            return True
-        doubtful = self._hub.doubtful(chunk.id, copies)
-        last_came = max((self._hub.servers[u].ready_at for u in doubtful), default=0.0)
-        return 0 < len(copies) == len(doubtful) and now < last_came + DOUBT_PATIENCE_S
+            return len(known) < chunk.goal
+        doubtful = self._hub.doubtful(chunk.id, known)
+        if not doubtful:
+            return False
+        known = good(chunk.version, chunk.reserved, known, chunk.restored)
+        counted = known.keys() & self.copies(chunk, fenced=True)
+        if not counted or not doubtful.issuperset(counted):
+            return False
+        last_came = max(self._hub.servers[uuid].ready_at for uuid in doubtful)
+        others = not doubtful.issuperset(known) or len(counted) < chunk.goal
+        return others and now < last_came + DOUBT_PATIENCE_S
 
     def locate(self, inode: int, index: int, reader_host: str) -> m.ChunkMap:
         """Where to read. A map without copies means: none is connected now."""

@@ -1,4 +1,4 @@
-"""The unrest file: after a power cut every copy that was not at rest is doubtful, and few others."""
+"""The unrest file: after a power cut, copies that were not at rest are doubtful, and few others."""
 
 import errno
 import os
@@ -213,7 +213,7 @@ def test_whatever_happens_no_copy_that_was_not_at_rest_is_trusted(tmp_path: Path
             failing = False
             unrest.close_file()
             boot += kind == "cut"
-            unrest = begun(tmp_path, f"a{boot or str()}", copies, door)
+            unrest = begun(tmp_path, f"a{boot or ''}", copies, door)
             must = doubtful | (restless if kind == "cut" else set())
             assert must <= unrest.doubtful(), f"boot {boot}"
             doubtful = unrest.doubtful()
