@@ -216,6 +216,7 @@ class Replica:
             self.config.name if self._identity.voter else None, self._roster.others(),
             self._journal, self._links, self._apply, self._offer_snapshot,
             self.machine.applied[0], self._roster.members, _read_change, self._wants_history,
+            lambda: self._checkpoints.crowded,
         )  # fmt: skip
         self._links.announce()
 
@@ -377,7 +378,7 @@ class Replica:
                 _forget(self.change_members(ReplaceMember(name, bytes.fromhex(uuid))))
 
     def _propose_own(self, op: Op) -> None:
-        _forget(self.submit(self._own_batch(op)))
+        _forget(self._submit(self._leading().propose, self._own_batch(op)))
 
     def _own_batch(self, op: Op) -> bytes:
         return encode_batch(Batch(self._around.wall_ns(), [Command(0, 0, op)]))
@@ -434,11 +435,11 @@ class Replica:
     # --- proposals and reads
 
     def submit(self, data: bytes) -> "asyncio.Future[list[Applied]]":
-        """Commit and apply an entry. NotLeader or BUSY (leadership is being handed over) at once;
-        the future may give OutcomeUnknown.
+        """Commit and apply an entry. NotLeader or BUSY (leadership is being handed over, or
+        checkpoints lag behind) at once; the future may give OutcomeUnknown.
         """
         core = self._leading()
-        if self._handing_over:
+        if self._handing_over or self._checkpoints.crowded:
             raise ReplyError(Status.BUSY)
         return self._submit(core.propose, data)
 
