@@ -191,8 +191,8 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         self._reassure()
 
     def _reassure(self) -> None:
-        """With a slow disk, or when crowded: answer that this node follows, though nothing of its log. Else the
-        leader would take it for dead.
+        """With a slow disk, or when crowded: answer that this node follows, though nothing of its
+        log. Else the leader would take it for dead.
         """
         now = syncobj.monotonicTime()
         if not self._acks:
