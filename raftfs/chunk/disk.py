@@ -2,6 +2,7 @@
 
     .raftfs-disk     the label (CBOR): format, UUIDs of disk, server and cluster, highest term seen
     .raftfs-lock     held (flock) by the process that uses the disk
+    .raftfs-unrest   what a power cut may take, see `unrest.py`
     00 .. FF         chunk files, see `layout.py`
 
 The server's UUID lives here and nowhere else: a server *is* its disks.
@@ -22,6 +23,7 @@ import structlog
 
 from raftfs.chunk import layout
 from raftfs.chunk.door import FileDoor
+from raftfs.chunk.unrest import UNREST
 from raftfs.const import DISK_LEAVE_FREE
 from raftfs.errors import UserError
 
@@ -100,7 +102,7 @@ class Disk:
 
     def _refuse_strangers(self) -> None:
         """A new disk is an empty folder, or what a stop while it was claimed left of it."""
-        ours = {LOCK, LABEL + ".new", "lost+found", *_FOLDERS}
+        ours = {LOCK, LABEL + ".new", UNREST, UNREST + ".new", "lost+found", *_FOLDERS}
         strangers = {p.name for p in self.path.iterdir()} - ours
         if strangers:
             raise UserError(

@@ -75,6 +75,16 @@ class FileDoor:
         finally:
             os.close(fd)
 
+    def sync_disk(self, path: Path) -> None:
+        """All that was written to the folder's file system so far is on the disk."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if _libc.syncfs(fd):
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), str(path))
+        finally:
+            os.close(fd)
+
     def rename(self, old: Path, new: Path) -> None:
         """Atomically."""
         os.rename(old, new)

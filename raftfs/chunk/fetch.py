@@ -41,7 +41,7 @@ def fetch(store: ChunkStore, pool: ChunkPool, order: Replicate) -> Fetched | Non
     """
     known = store.version_of(order.chunk)
     if known is not None and known >= order.version:
-        if known == order.version:
+        if known == order.version and not store.is_doubtful(order.chunk):
             return None
         raise ReplyError(Status.WRONG_VERSION)
     reader = ChunkReader(pool, (order.host, order.port), timeout_s=_READ_TIMEOUT_S)

@@ -15,6 +15,7 @@ its place; by nothing else (an empty file, of a stop while it was made, is no co
 import errno
 import random
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from raftfs.chunk.copyfile import Copy
 from raftfs.chunk.disk import Disk
 from raftfs.chunk.door import FileDoor
 from raftfs.chunk.tables import IDLE_S, OPEN_FILES_MAX, CopyTable
+from raftfs.chunk.unrest import Unrest, boot_id
 from raftfs.const import BLOCK_SIZE, CHUNK_SIZE, DATA_PAYLOAD_MAX
 from raftfs.errors import ReplyError, Status, UserError
 from raftfs.wire.frame import piece_crcs
@@ -35,6 +37,7 @@ from raftfs.wire.messages import CopyId
 
 log = structlog.get_logger("raftfs.chunkstore")
 
+REFRESH_S = 5.0  # so often, at most, the unrest files are brought up to date
 READ_BUFFER = DATA_PAYLOAD_MAX + 2 * BLOCK_SIZE
 # Errors that say nothing of the disk's health.
 _NO_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
@@ -53,21 +56,28 @@ class ChunkStore:
         *,
         open_files_max: int = OPEN_FILES_MAX,
         draw: Callable[[], float] = random.random,
+        boot: str = "",
     ) -> None:
-        """UserError if the disks disagree on server or cluster."""
+        """UserError if the disks disagree on server or cluster. `boot`: which one of the machine
+        this is, if it is not to be asked.
+        """
         self.door = door or FileDoor()
         self.report: Report = lambda made, gone, damaged: None
         self._disks = disks
         self._draw = draw
         self._join_lock = threading.Lock()
-        self._table = CopyTable(disks, self.door, open_files_max, self._io_failed)
+        self._unrest = {d.path: Unrest(d.path, self.door, boot or boot_id()) for d in disks}
+        self._refreshed_at = 0.0
+        self._table = CopyTable(disks, self.door, open_files_max, self._io_failed, self._rested)
         self.server: bytes = self._agree("server") or uuid.uuid4().bytes
         self.cluster: bytes = self._agree("cluster")
         for number, disk in enumerate(disks):
             if disk.label["server"] != self.server or disk.label["cluster"] != self.cluster:
                 disk.claim(self.server, self.cluster)
-            for chunk, version in disk.copies():
+            copies = list(disk.copies())
+            for chunk, version in copies:
                 self._found(chunk, version, number)
+            self._unrest[disk.path].begin(chunk for chunk, _ in copies)
 
     def _agree(self, what: str) -> bytes:
         found = {d.label[what]: d.path for d in self._disks if d.label[what]}
@@ -128,7 +138,14 @@ class ChunkStore:
 
     def copies(self) -> list[CopyId]:
         """Every usable copy as it is now."""
-        return self._table.copies()
+        doubtful = set[int]().union(*(u.doubtful() for u in self._unrest.values()))
+        if not doubtful:
+            return self._table.copies()
+        return [CopyId(c.chunk, c.version, c.chunk in doubtful) for c in self._table.copies()]
+
+    def is_doubtful(self, chunk: int) -> bool:
+        """The copy may lack writes that a power cut took, and the leader has not decided yet."""
+        return any(u.is_doubtful(chunk) for u in self._unrest.values())
 
     def version_of(self, chunk: int) -> int | None:
         """The version of the copy, if there is one."""
@@ -155,8 +172,8 @@ class ChunkStore:
     def _held(self, chunk: int, version: int | None, *, create: bool = False) -> Iterator[Copy]:
         """The open copy under its lock.
 
-        ReplyError: NO_CHUNK, WRONG_VERSION, BAD_CRC (and the copy is moved aside), ENOSPC,
-        DISK_ERROR.
+        ReplyError: NO_CHUNK, WRONG_VERSION (also while the copy is doubtful, except for the leader,
+        who asks for no version), BAD_CRC (and the copy is moved aside), ENOSPC, DISK_ERROR.
         """
         copy = self._table.enter(chunk)
         if copy is None:
@@ -167,7 +184,8 @@ class ChunkStore:
             with copy.lock:
                 if copy.gone:
                     raise ReplyError(Status.NO_CHUNK)
-                if version is not None and copy.version != version:
+                doubtful = self._unrest[copy.disk.path].is_doubtful(chunk)
+                if version is not None and (doubtful or copy.version != version):
                     raise ReplyError(Status.WRONG_VERSION)
                 try:
                     copy.open(self.cluster)
@@ -198,6 +216,7 @@ class ChunkStore:
                     raise ReplyError(Status.NO_CHUNK)
                 return known
             try:
+                self._unrest[copy.disk.path].enter(chunk)
                 copy.create(self.cluster or bytes(16))
             except OSError as e:
                 self._table.drop(copy)
@@ -224,6 +243,7 @@ class ChunkStore:
         log.error("copy damaged", chunk=f"{copy.chunk:016X}", version=copy.version,
                   server=self.server.hex(), disk=str(copy.disk.path), reason=reason)  # fmt: skip
         self._table.drop(copy)
+        self._decided(copy.chunk)
         copy.abandon()
         self._move_aside(copy.path)
         self.report([], [], [CopyId(copy.chunk, copy.version)])
@@ -231,6 +251,7 @@ class ChunkStore:
     def _forget_unfinished(self, copy: Copy) -> None:
         log.info("unfinished copy removed", chunk=f"{copy.chunk:016X}", version=copy.version)
         self._table.drop(copy)
+        self._decided(copy.chunk)
         with suppress(OSError):  # found again at the next start
             self.door.unlink(copy.path)
             self.door.sync_folder(copy.path.parent)
@@ -274,6 +295,7 @@ class ChunkStore:
             log.warning("data arrived damaged", chunk=f"{chunk:016X}", offset=offset)
             raise ReplyError(Status.BAD_CRC)
         with self._held(chunk, version, create=create) as copy:
+            self._stir(copy)
             copy.write(offset, data, crcs, token)
 
     def zero(
@@ -282,7 +304,21 @@ class ChunkStore:
         """Make a range read as zeros, under a grant's token."""
         _check_range(offset, length, token, CHUNK_SIZE)
         with self._held(chunk, version, create=create) as copy:
+            self._stir(copy)
             copy.zero(offset, length, token)
+
+    def _stir(self, copy: Copy) -> None:
+        """A copy at rest will be changed. OSError."""
+        if copy.at_rest:
+            self._unrest[copy.disk.path].enter(copy.chunk)
+
+    def _rested(self, copy: Copy) -> None:
+        self._unrest[copy.disk.path].rested(copy.chunk)
+
+    def _decided(self, chunk: int) -> None:
+        """The leader raised, replaced or destroyed the copy, or it is damaged: no doubt is left."""
+        for unrest in self._unrest.values():
+            unrest.sure(chunk)
 
     def sync(self, chunk: int, version: int) -> None:
         """The copy and its name are on the disk when this returns."""
@@ -320,12 +356,14 @@ class ChunkStore:
                 raise ReplyError(Status.DISK_ERROR)
             if old == version:
                 copy.fence(token)
+                self._decided(chunk)
                 return
             try:
                 copy.raise_version(version, token)
             finally:
                 if copy.version != old:  # the name is the truth, whatever failed after it
                     self._table.raised(copy)
+                    self._decided(chunk)
                     self.report([CopyId(chunk, version)], [CopyId(chunk, old)], [])
 
     def destroy(self, chunk: int, version: int) -> None:
@@ -348,6 +386,7 @@ class ChunkStore:
                 except OSError as e:
                     raise self._io_failed(copy, e) from e
                 self._table.drop(copy)
+                self._decided(chunk)
                 self.report([], [CopyId(chunk, copy.version)], [])
         finally:
             self._table.leave(copy)
@@ -378,6 +417,7 @@ class ChunkStore:
                         raise
                     finally:
                         self._table.leave(new)
+                    self._decided(chunk)
                     self.report([CopyId(chunk, version)], [], [])
                     return
                 if old.gone:
@@ -397,6 +437,7 @@ class ChunkStore:
     def _supersede(self, old: Copy, version: int, number: int) -> None:
         old.abandon()
         self._table.replace(old, version, number)
+        self._decided(old.chunk)
         try:
             self.door.unlink(old.path)
             self.door.sync_folder(old.path.parent)
@@ -408,11 +449,25 @@ class ChunkStore:
 
     def rest_idle(self, idle_s: float = IDLE_S) -> int:
         """Bring copies to rest that nobody used for so long. Called regularly by one thread."""
-        return self._table.rest_idle(idle_s)
+        rested = self._table.rest_idle(idle_s)
+        if time.monotonic() - self._refreshed_at > REFRESH_S:
+            self._refreshed_at = time.monotonic()
+            for unrest in self._unrest.values():
+                self._told(unrest.refresh)
+        return rested
+
+    def _told(self, write: Callable[[], None]) -> None:
+        """What the unrest file says too much does no harm: then it is written later."""
+        try:
+            write()
+        except OSError as e:
+            log.error("unrest file not written", reason=str(e))
 
     def close(self) -> None:
         """Orderly stop: everything on the disks, no marks left."""
         self._table.rest_all()
+        for unrest in self._unrest.values():
+            self._told(unrest.close)
         for disk in self._disks:
             disk.close()
 

@@ -34,15 +34,19 @@ OnError = Callable[[Copy, OSError], object]
 
 
 class CopyTable:
-    """See the module. `on_error` is told, under the copy's lock, when one cannot come to rest."""
+    """See the module. `on_error` is told, under the copy's lock, when one cannot come to rest;
+    `on_rest` when one did, or is no more.
+    """
 
     def __init__(
-        self, disks: list[Disk], door: FileDoor, open_files_max: int, on_error: OnError
-    ) -> None:
+        self, disks: list[Disk], door: FileDoor, open_files_max: int, on_error: OnError,
+        on_rest: Callable[[Copy], None],
+    ) -> None:  # fmt: skip
         self._disks = disks
         self._door = door
         self._open_files_max = open_files_max
         self._on_error = on_error
+        self._on_rest = on_rest
         self._lock = threading.Lock()
         self._index: dict[int, int] = {}
         self._active: OrderedDict[int, Copy] = OrderedDict()
@@ -118,6 +122,7 @@ class CopyTable:
         copy.gone = True
         self._active.pop(copy.chunk, None)
         self._opened.pop(copy.chunk, None)
+        self._on_rest(copy)
 
     # --- use
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
@@ -25,7 +25,7 @@ from raftfs import daemon, log
 from raftfs.cli.benchcore import free_ports
 from raftfs.client.meta import connect_tool, parse_masters
 from raftfs.const import ROOT_INODE
-from raftfs.errors import ReplyError, UserError, invariant
+from raftfs.errors import ReplyError, Status, UserError, invariant
 from raftfs.meta.raft.checkpoints import CheckpointLimits
 from raftfs.meta.raft.replica import Replica, ReplicaConfig
 from raftfs.meta.state import read
@@ -39,6 +39,7 @@ from raftfs.wire.rpc import decode
 
 PER_DIR = 1_000
 _BATCH = 250  # commands an entry
+_BUSY_S = 0.05
 _LOOKUPS = 20_000
 _START_S = 120.0
 _MASTER_CLIENTS = 3  # the client port, counted from the Raft port
@@ -163,8 +164,14 @@ async def _make(replica: Replica, session: int, parent: int, names: list[str]) -
 
 async def _commit(replica: Replica, session: int, batch: Sequence[ops.Op]) -> list[Applied]:
     data = encode_batch(Batch(time.time_ns(), [Command(session, 0, op) for op in batch]))
-    done: Awaitable[list[Applied]] = replica.submit(data)
-    applied = await done
+    while True:
+        try:
+            applied: list[Applied] = await replica.submit(data)
+            break
+        except ReplyError as e:
+            if e.status != Status.BUSY:
+                raise
+            await asyncio.sleep(_BUSY_S)  # the disk takes checkpoints more slowly than we change
     for one in applied:
         if one.result.status:
             raise ReplyError(one.result.status)

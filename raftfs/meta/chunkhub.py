@@ -42,6 +42,8 @@ class ChunkServer:
         self.total = self.used = 0
         self.suspect_until = 0.0
         self.copies: dict[int, int] = {}
+        self.doubtful: set[int] = set()  # of these chunks it may have lost acknowledged writes
+        self.ready_at = 0.0
 
     @property
     def connected(self) -> bool:
@@ -129,7 +131,9 @@ class ChunkHub:
 
     def _ready(self, server: ChunkServer) -> None:
         server.ready = True
-        log.info("chunkserver ready", server=server.uuid.hex(), copies=len(server.copies))
+        server.ready_at = time.monotonic()
+        log.info("chunkserver ready", server=server.uuid.hex(), copies=len(server.copies),
+                 doubtful=len(server.doubtful))  # fmt: skip
         if self._leading:
             self._start(self._fence(server))
 
@@ -144,6 +148,7 @@ class ChunkHub:
 
     def _forget_copies(self, server: ChunkServer) -> None:
         copies, server.copies = server.copies, {}
+        server.doubtful.clear()
         for chunk in copies:
             self._gone(server.uuid, chunk)
         self._on_change(copies)
@@ -153,6 +158,7 @@ class ChunkHub:
     def _made(self, server: ChunkServer, copies: Iterable[m.CopyId]) -> None:
         for copy in copies:
             server.copies[copy.chunk] = copy.version
+            (server.doubtful.add if copy.doubtful else server.doubtful.discard)(copy.chunk)
             self.where.setdefault(copy.chunk, {})[server.uuid] = copy.version
 
     def _gone(self, uuid: bytes, chunk: int) -> None:
@@ -166,6 +172,7 @@ class ChunkHub:
         for copy in (*event.gone, *event.damaged):
             if server.copies.get(copy.chunk) == copy.version:
                 del server.copies[copy.chunk]
+                server.doubtful.discard(copy.chunk)
                 self._gone(server.uuid, copy.chunk)
         for copy in event.damaged:
             log.warning(
@@ -190,6 +197,10 @@ class ChunkHub:
             if server.connected and (not fenced or self.is_fenced(server)):
                 usable[uuid] = version
         return usable
+
+    def doubtful(self, chunk: int, holders: Iterable[bytes]) -> set[bytes]:
+        """Those of the servers that hold the chunk whose copy may lack acknowledged writes."""
+        return {uuid for uuid in holders if chunk in self.servers[uuid].doubtful}
 
     # --- leading
 

@@ -39,6 +39,9 @@ from raftfs.wire.rpc import decode
 
 log = structlog.get_logger("raftfs.grants")
 
+# So long after a doubtful copy came back, a chunk that has only such ones waits for the others.
+DOUBT_PATIENCE_S = 60.0
+
 
 class _KeyLock:
     """A lock and how many hold it or wait for it, so that it can be dropped with the last one."""
@@ -117,18 +120,30 @@ class Grants:
 
     def verdict(self, chunk: ChunkRow) -> Verdict:
         """What the connected copies are worth."""
+        copies = self.copies(chunk, fenced=True)
         return judge(
-            chunk.version, chunk.reserved, chunk.goal, self.copies(chunk, fenced=True),
-            chunk.restored,
+            chunk.version, chunk.reserved, chunk.goal, copies, chunk.restored,
+            self._hub.doubtful(chunk.id, copies),
         )  # fmt: skip
 
     def awaits_copies(self, chunk: ChunkRow) -> bool:
-        """Just after a bootstrap: whether servers that have not come yet may hold newer copies."""
-        return (
-            time.monotonic() < self._patient_until
-            and unsettled(chunk.version, chunk.restored)
-            and len(self.copies(chunk, fenced=False)) < chunk.goal
-        )
+        """Whether servers that have not come yet may hold copies that are better than all here:
+        newer ones just after a bootstrap, sure ones after a power cut.
+        """
+        known = self.copies(chunk, fenced=False)
+        now = time.monotonic()
+        if unsettled(chunk.version, chunk.restored) and now < self._patient_until:
+            return len(known) < chunk.goal
+        doubtful = self._hub.doubtful(chunk.id, known)
+        if not doubtful:
+            return False
+        known = good(chunk.version, chunk.reserved, known, chunk.restored)
+        counted = known.keys() & self.copies(chunk, fenced=True)
+        if not counted or not doubtful.issuperset(counted):
+            return False
+        last_came = max(self._hub.servers[uuid].ready_at for uuid in doubtful)
+        others = not doubtful.issuperset(known) or len(counted) < chunk.goal
+        return others and now < last_came + DOUBT_PATIENCE_S
 
     def locate(self, inode: int, index: int, reader_host: str) -> m.ChunkMap:
         """Where to read. A map without copies means: none is connected now."""
@@ -142,7 +157,10 @@ class Grants:
         if self.awaits_copies(chunk):
             return []
         copies = self.copies(chunk, fenced=False)
-        usable = good(chunk.version, chunk.reserved, copies, chunk.restored)
+        doubtful = self._hub.doubtful(chunk.id, copies)
+        usable = good(chunk.version, chunk.reserved, copies, chunk.restored, doubtful)
+        if doubtful.issuperset(usable):
+            return []  # none may be read before one was chosen
         hosts = [(uuid, self._hub.servers[uuid].host) for uuid in usable]
         order = read_order(hosts, reader_host, self._draw)
         return [self._hub.location(uuid, usable[uuid]) for uuid in order]
@@ -171,7 +189,7 @@ class Grants:
                 raise ReplyError(Status.NO_COPIES)
             if not usable:
                 return await self._without_copies(session, ask, chunk)
-            clean = not ask.failed and not chunk.lock
+            clean = not ask.failed and not chunk.lock and not verdict.settle
             if clean and self._is_proven(chunk, usable) and len(usable) >= self._attainable(chunk):
                 granted = await self._commit_grant(session, ask)
                 return self._map(granted, usable, granted.version)

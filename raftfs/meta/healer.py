@@ -37,6 +37,7 @@ SLICE = 100  # chunks examined before the loop gets a turn
 SWEEP_PAUSE_S = 0.02  # between slices of a sweep, so that it takes a small share of the time
 REPAIRS_MAX = 8
 DOOMED_SLICE = 200
+AWAIT_S = 1.0  # so often a chunk is looked at that waits for copies which may be better
 
 
 class HealingConfig(NamedTuple):
@@ -158,7 +159,10 @@ class Healer:
         self._set_counts(chunk_id, verdict if chunk.born else None)
         if chunk.lock and chunk.lock_session:
             return  # a writer is at work; its unlock has the chunk examined again
-        if not verdict.chosen or self._grants.awaits_copies(chunk):
+        if not verdict.chosen:
+            return
+        if self._grants.awaits_copies(chunk):
+            self._due[chunk_id] = now + AWAIT_S
             return
         if verdict.settle or chunk.lock:  # the latter: a dead leader's unfinished settling
             self._begin(chunk_id, self._grants.settle(chunk))

@@ -73,7 +73,7 @@ class Proposer:
         except NotLeader:
             _fail([f for _, f in part], ReplyError(Status.NOT_LEADER))
             return
-        except ReplyError as e:  # BUSY: leadership is being handed over
+        except ReplyError as e:  # BUSY: for a short while
             _fail([f for _, f in part], e)
             return
         self._in_flight += len(part)

@@ -40,12 +40,15 @@ _HOLE = m.ChunkMap(0, 0, 0, [])
 class _Send:
     """One frame for the sender thread."""
 
-    __slots__ = ("block", "chain", "grant", "ident")
+    __slots__ = ("block", "chain", "create", "grant", "ident")
 
-    def __init__(self, block: Block, grant: m.ChunkMap, chain: list[m.Hop]) -> None:
+    def __init__(
+        self, block: Block, grant: m.ChunkMap, chain: list[m.Hop], *, create: bool
+    ) -> None:
         self.block = block
         self.grant = grant
         self.chain = chain
+        self.create = create
         self.ident = block.ident
 
     def frame(self) -> tuple[Any, Any]:
@@ -54,13 +57,13 @@ class _Send:
         if block.kind == WRITE:
             data = block.payload()
             head: Any = m.WriteData(
-                self.ident, grant.chunk, grant.version, grant.lock, grant.fresh, block.offset,
+                self.ident, grant.chunk, grant.version, grant.lock, self.create, block.offset,
                 piece_crcs(block.offset, data), self.chain,
             )  # fmt: skip
             return head, data
         if block.kind == FILL:
             head = m.ZeroData(
-                self.ident, grant.chunk, grant.version, grant.lock, grant.fresh, block.offset,
+                self.ident, grant.chunk, grant.version, grant.lock, self.create, block.offset,
                 block.end - block.offset, self.chain,
             )  # fmt: skip
             return head, b""
@@ -208,7 +211,10 @@ class ChunkWriter:
         block.ident = self.file.context.next_ident()
         block.acked = False
         self.blocks.put_sent(block)
-        self._stream.send(_Send(block, self.grant, self._chain))
+        # Once something was acknowledged there is a copy everywhere; where there is none any more
+        # (the power went before it was synced) an empty one must not take its place.
+        create = self.grant.fresh and not self._acked
+        self._stream.send(_Send(block, self.grant, self._chain, create=create))
 
     # --- being answered (StreamUser)
 

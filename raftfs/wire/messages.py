@@ -314,10 +314,12 @@ ClientNotice = LeaderNotice
 
 
 class CopyId(Record):
-    """A copy on a chunkserver."""
+    """A copy on a chunkserver. `doubtful`: a power cut may have taken acknowledged writes from it.
+    """
 
     chunk: int
     version: int
+    doubtful: bool = False
 
 
 class ServerHello(Tagged, tag=1):

@@ -151,17 +151,31 @@ class CrashDoor(FileDoor):
         if self._dead:
             raise Kill
 
+    def sync_disk(self, path: Path) -> None:
+        if self._step():
+            raise Kill
+        for file, inode in self._inodes.items():
+            inode.durable, inode.sectors, inode.sizes = file.read_bytes(), {}, []
+        for folder in {p.parent for p in self._inodes} | set(self._durable) | set(self._pending):
+            self._durable[folder] = {p: i for p, i in self._inodes.items() if p.parent == folder}
+            self._pending[folder] = []
+
     def close(self, fd: int) -> None:
         self._fds.pop(fd)
         super().close(fd)
 
     # --- after the crash
 
-    def revive(self, die_at: int | None = None) -> None:
+    def arm(self, die_at: int | None) -> None:
+        """Die at this step, counted from now."""
+        self.steps, self.die_at = 0, die_at
+
+    def revive(self) -> None:
         """A new process: the old one's descriptors are gone, the page cache is not."""
         for fd in list(self._fds):
             self.close(fd)
-        self._dead, self.steps, self.die_at = False, 0, die_at
+        self._dead = False
+        self.arm(None)
 
     def power_cut(self) -> None:
         """Make the real files what the disk has, and all of it durable."""

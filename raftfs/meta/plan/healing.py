@@ -4,11 +4,14 @@ A copy at the committed version, or at a higher one that an unfinished grant res
 acknowledged byte: it is good. An older one is stale. Good copies of different versions may differ
 in bytes that nobody acknowledged, so one group of equal version is chosen before the next write.
 
+A *doubtful* copy may have lost acknowledged writes in a power cut. It is as good as none as long as
+there is a sure one. Where all are doubtful, what was synced is in each of them, and one is chosen.
+
 After a restore the metadata may be older than the copies: whatever raised their versions meanwhile
 is forgotten. Then the newest copies have every acknowledged byte, and only they.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 
@@ -29,9 +32,18 @@ class Verdict(NamedTuple):
 
 
 def good(
-    committed: int, reserved: int, copies: Mapping[bytes, int], restored: int = 0
+    committed: int, reserved: int, copies: Mapping[bytes, int], restored: int = 0,
+    doubtful: Collection[bytes] = (),
+) -> dict[bytes, int]:  # fmt: skip
+    """The copies (server -> version) that have all that is to be had: the sure ones, if any."""
+    found = _current(committed, reserved, copies, restored)
+    sure = {s: v for s, v in found.items() if s not in doubtful}
+    return sure or found
+
+
+def _current(
+    committed: int, reserved: int, copies: Mapping[bytes, int], restored: int
 ) -> dict[bytes, int]:
-    """The copies (server -> version) that may be read."""
     found = {s: v for s, v in copies.items() if committed <= v <= max(committed, reserved)}
     if unsettled(committed, restored):
         newest = max(found.values(), default=0)
@@ -52,23 +64,30 @@ def spared(committed: int, restored: int, settled: int, version: int) -> bool:
 
 
 def judge(
-    committed: int, reserved: int, goal: int, copies: Mapping[bytes, int], restored: int = 0
-) -> Verdict:
+    committed: int, reserved: int, goal: int, copies: Mapping[bytes, int], restored: int = 0,
+    doubtful: Collection[bytes] = (),
+) -> Verdict:  # fmt: skip
     """Weigh `copies` (server -> version) of a chunk at version `committed`, up to `reserved`.
 
     Of several groups of good copies the largest is chosen (losing a copy costs more than bytes that
-    nobody acknowledged); of equally large ones, and after a restore, the newest.
+    nobody acknowledged); of equally large ones, and after a restore, the newest. Of doubtful ones
+    just one: they may differ. Doubtful ones have the rest raised, so that they become stale.
     """
     groups: dict[int, list[bytes]] = {}
-    for server, version in good(committed, reserved, copies, restored).items():
+    best = good(committed, reserved, copies, restored, doubtful)
+    for server, version in best.items():
         groups.setdefault(version, []).append(server)
     version = max(groups, key=lambda v: (len(groups[v]), v), default=committed)
     chosen = tuple(sorted(groups.get(version, ())))
+    if any(server in doubtful for server in chosen):
+        chosen = chosen[:1]
+    current = _current(committed, reserved, copies, restored)
+    doubts = any(server in doubtful for server in current)
     stale = tuple((s, v) for s, v in sorted(copies.items()) if s not in chosen)
     return Verdict(
         chosen=chosen,
         version=version,
-        settle=bool(chosen) and version != committed,
+        settle=bool(chosen) and (version != committed or doubts),
         stale=stale,
         wanted=max(0, goal - len(chosen)),
         surplus=max(0, len(chosen) - goal),

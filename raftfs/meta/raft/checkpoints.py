@@ -18,6 +18,7 @@ from raftfs.wire.ops import Checkpoint, Digest, Op
 _LOOK_S = 0.2
 _TICK_S = 0.01
 _OVERDUE = 3  # times over any limit: do not wait for the leader
+_CROWDED = 4  # times over the limit of rows: take nothing more until a checkpoint is done
 _UNDECIDED_S = 5.0  # voters that differ wait so long for another one's word
 
 
@@ -165,6 +166,13 @@ class Checkpoints:
             or now - self._made_at > factor * limits.every_s
             or (factor == 1 and now - self._applied_at > limits.quiet_s)
         )
+
+    @property
+    def crowded(self) -> bool:
+        """So much has changed since the last checkpoint began that memory would not be bounded if
+        changes came on: the disk is too slow for them.
+        """
+        return self._machine.dirty() >= _CROWDED * self._limits.rows
 
     # --- how
 

@@ -221,6 +221,7 @@ class Replica:
             self.config.name if self._identity.voter else None, self._roster.others(),
             self._journal, self._links, self._apply, self._offer_snapshot,
             self.machine.applied[0], self._roster.members, _read_change, self._wants_history,
+            lambda: self._checkpoints.crowded,
         )  # fmt: skip
         self._links.announce()
 
@@ -394,7 +395,7 @@ class Replica:
                 _forget(self.change_members(ReplaceMember(name, bytes.fromhex(uuid))))
 
     def _propose_own(self, op: Op) -> None:
-        _forget(self.submit(self._own_batch(op)))
+        _forget(self._submit(self._leading().propose, self._own_batch(op)))
 
     def _own_batch(self, op: Op) -> bytes:
         return encode_batch(Batch(self._around.wall_ns(), [Command(0, 0, op)]))
@@ -451,12 +452,12 @@ class Replica:
     # --- proposals and reads
 
     def propose(self, data: bytes, done: Done) -> None:
-        """Commit and apply an entry. NotLeader or BUSY (leadership is being handed over) at once;
-        else `done(applied, error)` is called once, in the turn in which it was applied, or with
-        OutcomeUnknown. It must not raise.
+        """Commit and apply an entry. NotLeader or BUSY (leadership is being handed over, or
+        checkpoints lag behind) at once; else `done(applied, error)` is called once, in the turn in
+        which it was applied, or with OutcomeUnknown. It must not raise.
         """
         core = self._leading()
-        if self._handing_over:
+        if self._handing_over or self._checkpoints.crowded:
             raise ReplyError(Status.BUSY)
         core.propose(data, done)
         self._proposed = True

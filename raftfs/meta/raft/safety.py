@@ -109,6 +109,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         members: Members | None = None,
         read_change: Callable[[bytes, Members], Members] | None = None,
         wants_history: Callable[[Node], bool] = lambda node: False,
+        crowded: Callable[[], bool] = lambda: False,
     ) -> None:
         """`me` None: a learner.
 
@@ -117,12 +118,14 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         index up to which the state machine is already, `members` the voters that it names there.
         `read_change(command, members)`: the voters after a command of kind MEMBERSHIP.
         `wants_history(node)`: it needs the entries themselves, however long they take; others get a
-        snapshot sooner.
+        snapshot sooner. `crowded()`: the state machine cannot take more for a while; the leader
+        sends a window of entries, and stops when they are not acknowledged.
         """
         check_pysyncobj()
         self._apply = apply
         self._send_snapshot = send_snapshot
         self._wants_history = wants_history
+        self._crowded = crowded
         self._read_change = read_change or (lambda command, members: members)
         self._acks: deque[_WaitingAck] = deque()
         self._reassured_at = 0.0
@@ -186,14 +189,14 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
     def _settle(self) -> None:
         """Let those acknowledgements go that have become true."""
         self.journal.settle()
-        while self._acks and self._acks[0].mark <= self.journal.durable:
+        while self._acks and self._acks[0].mark <= self.journal.durable and not self._crowded():
             waiting = self._acks.popleft()
             self._transport_.send(waiting.node, waiting.ack)
         self._reassure()
 
     def _reassure(self) -> None:
-        """With a slow disk: answer that this node follows, though nothing of its log. Else the
-        leader would take it for dead.
+        """With a slow disk, or when crowded: answer that this node follows, though nothing of its
+        log. Else the leader would take it for dead.
         """
         now = syncobj.monotonicTime()
         if not self._acks:
@@ -584,7 +587,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         sent = False
         while True:
             at = self.next_index[node]
-            in_window = at - self.match_index[node] < WINDOW_ENTRIES or not sent
+            in_window = at - self.match_index[node] < WINDOW_ENTRIES
             entries = self.journal.entries_from(at, APPEND_BYTES) if in_window else []
             del entries[max(0, last + 1 - at) :]
             if sent and not entries:

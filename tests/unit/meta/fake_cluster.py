@@ -26,6 +26,8 @@ class Copy:
 
     def __init__(self, version: int, token: int, writes: set[int]) -> None:
         self.version, self.token, self.writes = version, token, writes
+        self.unsynced: set[int] = set()
+        self.doubtful = False
 
 
 class FakeServer:
@@ -45,11 +47,22 @@ class FakeServer:
         copy = self.copies.get(chunk)
         if copy is None and create:
             copy = self.copies[chunk] = Copy(version, token, set())
-        if copy is None or copy.version != version or token < copy.token:
+        if copy is None or copy.version != version or token < copy.token or copy.doubtful:
             return False
         copy.token = token
         copy.writes.add(write)
+        copy.unsynced.add(write)
         return True
+
+    def lose_power(self, chance: random.Random) -> None:
+        """Writes that were not synced may be gone, and copies with them."""
+        for chunk, copy in list(self.copies.items()):
+            if copy.unsynced:
+                copy.doubtful = True
+                copy.writes -= {w for w in copy.unsynced if chance.random() < 0.5}
+                copy.unsynced.clear()
+                if not copy.writes:
+                    del self.copies[chunk]
 
     def obey(self, order: Any, world: "World") -> None:
         """Carry out an order or raise as a chunkserver would answer."""
@@ -63,6 +76,7 @@ class FakeServer:
             if copy.version > order.version:
                 raise ReplyError(Status.WRONG_VERSION)
             copy.version, copy.token = order.version, max(copy.token, order.lock)
+            copy.unsynced, copy.doubtful = set(), False
         elif isinstance(order, m.Destroy):
             copy = self.copies.get(order.chunk)
             if copy is not None and order.version in (0, copy.version):
@@ -70,7 +84,8 @@ class FakeServer:
         elif isinstance(order, m.Replicate):
             source = world.servers[order.port]
             there = source.copies.get(order.chunk)
-            if not source.up or there is None or there.version != order.version:
+            there_is_one = there is not None and not there.doubtful
+            if not source.up or not there_is_one or there.version != order.version:
                 raise ReplyError(Status.WRONG_VERSION)
             self.copies[order.chunk] = Copy(order.version, there.token, set(there.writes))
 
@@ -142,7 +157,8 @@ class World:
         self.inode = attr.inode
         self.apply(0, 0, ops.SetGoal(self.inode, 0, goal))
         self.acked: dict[int, set[int]] = {}
-        self.writes = 0
+        self.synced: dict[int, set[int]] = {}
+        self.writes = self.acknowledged = 0
 
     def new_session(self) -> int:
         """A client's session."""
@@ -179,7 +195,7 @@ class World:
         hello = m.ServerHello(m.PROTOCOL, "t", server.uuid, b"", "host", server.number)
         self.hub.handle(link, hello)
         self.hub.handle(link, m.Space(1000 * CHUNK_SIZE, 0, 0))
-        copies = [m.CopyId(c, copy.version) for c, copy in server.copies.items()]
+        copies = [m.CopyId(c, o.version, o.doubtful) for c, o in server.copies.items()]
         self.hub.handle(link, m.Copies(copies))
         self.hub.handle(link, m.Ready())
 
@@ -207,17 +223,46 @@ class World:
         server.up = True
         self.connect(server)
 
+    def good_copies(self, chunk: int) -> list[Copy]:
+        """Those that the committed state counts, on living and dead servers."""
+        row = read.chunk(self.rows, chunk)
+        copies = [s.copies[chunk] for s in self.servers if chunk in s.copies]
+        return [c for c in copies if row and row.version <= c.version <= row.reserved]
+
+    def power_cut(self, *servers: FakeServer) -> None:
+        """The servers go down and lose what was not synced; what no sure copy has is lost by right.
+        """
+        for server in servers:
+            self.crash(server)
+            server.lose_power(self.chance)
+        for chunk, acked in self.acked.items():
+            if all(copy.doubtful for copy in self.good_copies(chunk)):
+                acked &= self.synced.get(chunk, set())
+
+    def sync(self, grant: m.ChunkMap) -> bool:
+        """A client's fsync through the chain; whether it succeeded."""
+        copies = [self.servers[at.port].copies.get(grant.chunk) for at in grant.copies]
+        up = all(self.servers[at.port].up for at in grant.copies)
+        if not up or any(c is None or c.doubtful or c.version != grant.version for c in copies):
+            return False
+        for copy in copies:
+            copy.unsynced.clear()
+        self.synced[grant.chunk] = set(self.acked.get(grant.chunk, ()))
+        return True
+
     def write(self, grant: m.ChunkMap, break_at: float = 0.0) -> list[bytes]:
         """A client's write through the chain; gives the servers that failed."""
         self.writes += 1
         failed = []
+        create = grant.fresh and not self.acked.get(grant.chunk)
         for at in grant.copies:
             server = self.servers[at.port]
             if self.chance.random() < break_at or not server.write(
-                grant.chunk, grant.version, grant.lock, grant.fresh, self.writes
+                grant.chunk, grant.version, grant.lock, create, self.writes
             ):
                 failed.append(server.uuid)
         if not failed:
+            self.acknowledged += 1
             self.acked.setdefault(grant.chunk, set()).add(self.writes)
         return failed
 
@@ -231,13 +276,11 @@ class World:
         return status
 
     def check(self) -> None:
-        """Every good copy, on a living or a dead server, has every acknowledged write."""
+        """Every good copy, on a living or a dead server, has every acknowledged write; of a
+        doubtful one that holds for the synced ones.
+        """
         for chunk, acked in self.acked.items():
-            row = read.chunk(self.rows, chunk)
-            if row is None:
-                continue
-            for server in self.servers:
-                copy = server.copies.get(chunk)
-                if copy is not None and row.version <= copy.version <= row.reserved:
-                    lost = acked - copy.writes
-                    assert not lost, f"server {server.number} at {copy.version} lacks {lost}"
+            for copy in self.good_copies(chunk):
+                must = self.synced.get(chunk, set()) if copy.doubtful else acked
+                lost = must - copy.writes
+                assert not lost, f"a copy at {copy.version} lacks {lost}"

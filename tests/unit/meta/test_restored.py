@@ -284,7 +284,7 @@ async def torture(seed: int) -> int:
     for step in range(90):
         if step == 20:
             image, before = world.remember(), world.writes
-        grants, grant = await torture_step(world, grants, grant, chance)
+        grants, grant = await torture_step(world, grants, grant, chance, power=False)
     forgotten = [w for acked in world.acked.values() for w in acked if w > before]
     for server in world.servers:
         server.up = True

@@ -17,9 +17,12 @@ from raftfs.errors import (
     NotLeader,
     OutcomeUnknown,
     RaftfsError,
+    ReplyError,
     StateDiffers,
+    Status,
     UserError,
 )
+from raftfs.meta.raft import safety
 from raftfs.meta.raft.checkpoints import CheckpointLimits, Checkpoints
 from raftfs.meta.raft.configurations import Configurations
 from raftfs.meta.raft.journal import SEGMENT_BYTES, DurableJournal, JournalError
@@ -104,8 +107,8 @@ class Trio:
             assert time.monotonic() < limit, f"{what}: not within {timeout_s} s"
             await asyncio.sleep(0.02)
 
-    async def mkdir(self) -> list[Applied]:
-        """Commit one, whoever leads."""
+    async def mkdir(self, *, busy: bool = False) -> list[Applied]:
+        """Commit one, whoever leads. `busy`: raise if it is refused as such."""
         name = b"dir%d" % next(_names)
         op = ops.Create(1, name, ops.NodeType.DIR, 0o755, 0, 0, 0)
         while True:
@@ -116,6 +119,10 @@ class Trio:
                 batch = encode_batch(Batch(time.time_ns(), [Command(0, 0, op)]))
                 return await self.replicas[number].submit(batch)
             except (NotLeader, OutcomeUnknown):
+                await asyncio.sleep(0.02)
+            except ReplyError:
+                if busy:
+                    raise
                 await asyncio.sleep(0.02)
 
 
@@ -230,6 +237,51 @@ def test_a_follower_with_a_slow_disk_applies_what_the_others_commit(tmp_path: Pa
             assert t.files[follower].slow_syncs == 1, "all this happened within one sync"
             assert t.replicas[follower]._journal.durable_index < reached
             t.files[follower].delay_s = 0.0
+
+    run(story())
+
+
+@pytest.mark.parametrize("who", ["leader", "follower"])
+def test_changes_wait_for_checkpoints_that_lag_so_memory_is_bounded(
+    tmp_path: Path, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safety, "WINDOW_ENTRIES", 10)
+    limits = CheckpointLimits(rows=30, quiet_s=0.2)
+
+    async def story() -> None:
+        async with trio(tmp_path, limits) as t:
+            await t.mkdir()
+            leader = t.leader()
+            assert leader is not None
+            slow = leader if who == "leader" else (leader + 1) % 3
+            store, may_go, busy = t.stores[slow], threading.Event(), 0
+            write = store.write_frozen
+
+            def write_late() -> None:
+                assert may_go.wait(30)
+                write()
+
+            store.write_frozen = write_late  # type: ignore[method-assign]
+            made, per_dir = 0, 5
+            try:
+                for _ in range(200):
+                    try:
+                        await t.mkdir(busy=True)
+                        made += 1
+                    except ReplyError as e:
+                        assert e.status == Status.BUSY
+                        busy += 1
+                    assert store.dirty() <= 4 * limits.rows + 10 * per_dir
+                assert store.freezing is not None
+                assert (busy > 0) is (who == "leader"), f"{busy} refused, {made} made"
+                if who == "follower":
+                    assert store.applied[0] < t.stores[leader].applied[0] - 50, "it takes no more"
+                    assert t.replicas[slow].leader, "but it follows"
+            finally:
+                may_go.set()
+            await t.mkdir()
+            await t.until(lambda: len({s.applied for s in t.stores}) == 1, "all as far as one")
+            assert len({s.digest() for s in t.stores}) == 1
 
     run(story())
 
