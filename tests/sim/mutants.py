@@ -87,12 +87,6 @@ REPLICA: dict[str, Planted] = {
     "a lost disk may come back under its old name": edited(
         Roster, "refusal", ("if known not in (None, peer.uuid):", "if False:")
     ),
-    "a leader serves before it knows what is committed": edited(
-        SafeSyncObj, "leads", ("self.last_applied >= self.noop_index", "True")
-    ),
-    "reads do not wait for the state": edited(
-        SafeSyncObj, "_answer_reads", ("and read[1] <= self.last_applied", "")
-    ),
 }  # fmt: skip
 
 SERVICES: dict[str, Planted] = {

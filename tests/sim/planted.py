@@ -143,6 +143,12 @@ RAFT_LAYER: dict[str, Planted] = {
     "reads without asking a majority": _read_without_asking,
     "only the majority before a change counts": _only_the_old_majority,
     "entries of older terms are committed by counting": _commit_entries_of_older_terms,
+    "a leader serves before it knows what is committed": edited(
+        SafeSyncObj, "leads", ("self.last_applied >= self.noop_index", "True")
+    ),
+    "reads do not wait for the state": edited(
+        SafeSyncObj, "_answer_reads", ("and read[1] <= self.last_applied", "")
+    ),
 }
 
 

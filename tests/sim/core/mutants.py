@@ -49,6 +49,14 @@ MUTANTS: dict[str, Planted] = {
     "checkpoints ahead of the journal": _checkpoint_ahead_of_the_journal,
 }
 
+# Found soon, by a story that is told for it; the others take the command.
+IN_THE_SUITE = (
+    "acknowledgements of older terms count", "reads without asking a majority",
+    "only the majority before a change counts",
+    "entries of older terms are committed by counting",
+    "a leader serves before it knows what is committed",
+)  # fmt: skip
+
 
 def finding(seed: int) -> str:
     """What the seed's story came to, "" if all was well."""
