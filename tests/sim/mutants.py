@@ -21,7 +21,7 @@ from raftfs.meta.state import apply, ops_data
 from tests.sim.__main__ import outcome
 from tests.sim.copies import CopyStore
 from tests.sim.node import ObservedStore
-from tests.sim.planted import RAFT_LAYER, Planted, edited, several, table
+from tests.sim.planted import COVERED, RAFT_LAYER, Planted, edited, several, table
 
 
 def _snapshots_claim_the_end_of_the_log() -> Any:
@@ -137,6 +137,17 @@ DATA: dict[str, Planted] = {
 
 MUTANTS: dict[str, Planted] = {**JOURNAL, **RAFT_LAYER, **REPLICA, **SERVICES, **DATA}
 
+# Only the Raft layer by itself shows these (`python -m tests.sim.core.mutants` finds each).
+EXCUSED = {
+    **COVERED,
+    "acknowledgements of older terms count":
+        "links keep the order and replaced ones are not heard, so none outlives its term",
+    "only the majority before a change counts":
+        "it takes the old disk of a replaced master, put back while the others are down",
+    "entries of older terms are committed by counting":
+        "it takes two leaders in turn that die with their last entries, and messages cut short",
+}  # fmt: skip
+
 # Found soon; the others take the command.
 IN_THE_SUITE = (
     "the journal is not synced", "the name of a new segment is not synced",
@@ -154,4 +165,4 @@ def finding(seed: int) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(table("python -m tests.sim.mutants", MUTANTS, finding, 60))
+    raise SystemExit(table("python -m tests.sim.mutants", MUTANTS, finding, 60, EXCUSED))

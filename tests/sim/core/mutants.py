@@ -11,7 +11,7 @@ from pysyncobj import syncobj
 from raftfs.meta.raft.journal import DurableJournal
 from tests.sim.core.member import Member
 from tests.sim.core.world import story
-from tests.sim.planted import RAFT_LAYER, Planted, table
+from tests.sim.planted import COVERED, RAFT_LAYER, Planted, table
 
 
 def _checkpoint_ahead_of_the_journal() -> Any:
@@ -72,4 +72,4 @@ def finding(seed: int) -> str:
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    raise SystemExit(table("python -m tests.sim.core.mutants", MUTANTS, finding, 400))
+    raise SystemExit(table("python -m tests.sim.core.mutants", MUTANTS, finding, 400, COVERED))
