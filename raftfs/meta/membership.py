@@ -11,14 +11,13 @@ import structlog
 
 from raftfs.const import HEARTBEAT_S
 from raftfs.errors import RaftfsError, ReplyError, Status
-from raftfs.meta.raft.replica import Replica
+from raftfs.meta.raft.replica import BEHIND_MAX, Replica
 from raftfs.wire import messages as m
 from raftfs.wire import ops
 
 log = structlog.get_logger("raftfs.membership")
 
 CATCH_UP_S = 60.0  # a new master that has not caught up by then is refused for now
-_BEHIND_MAX = 100  # entries: it will have them before the entry that makes it a voter
 _HAND_OVER_S = 5.0
 _LOOK_S = 0.05
 _HEARD_S = 3 * HEARTBEAT_S
@@ -74,7 +73,7 @@ class Membership:
     def _lag(self, name: str, uuid: bytes) -> int | None:
         """Entries that it lacks, None if they are too many."""
         behind = self._replica.behind().get(f"{name}#{uuid.hex()}")
-        return behind if behind is not None and behind <= _BEHIND_MAX else None
+        return behind if behind is not None and behind <= BEHIND_MAX else None
 
     async def remove(self, name: str) -> str:
         """Let a master vote no more. The leader hands over first, and the new one is asked."""

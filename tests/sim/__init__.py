@@ -5,6 +5,8 @@
     chunkserver.py  a chunkserver's machine: the real links to the masters over copies.py, its disk
     clients.py      real client sessions; files.py: grants, writes, fsync, commit, reading
     faults.py       what goes wrong, and how often
+    stories_raft.py what goes wrong in one order, after one rule of the masters' each
+    readers.py      clients that ask certain masters, whoever leads
     invariants.py   what must hold of logs, states and answers after every event
     promises.py     what must hold of acknowledged data
     clock.py        the event loop with virtual time; processes that can be killed and paused

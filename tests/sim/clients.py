@@ -65,12 +65,22 @@ class Client:
 
     async def _one(self) -> None:
         kind = self.chance.random()
-        if kind < 0.25:
+        if self.world.hurried:
+            await self._hurry()
+        elif kind < 0.25:
             await self._list()
         elif kind < 0.6:
             await self.files.one()
         else:
             await self.mutate(self._choose())
+
+    async def _hurry(self) -> None:
+        """Whatever was there before, the root is another afterwards."""
+        name = self.chance.choice(_NAMES)
+        create = ops.Create(_ROOT, name, NodeType.FILE, 0o644, 0, 0, 0)
+        status, _ = await self.mutate(create)
+        if status:
+            await self.mutate(ops.Unlink(_ROOT, name))
 
     def _choose(self) -> Op:
         name, other = self.chance.sample(_NAMES, 2)

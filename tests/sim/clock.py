@@ -16,7 +16,7 @@ from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
 BEGINNING = 1000.0
-THREAD_S = 0.02
+USUAL_THREAD_S = (0.0005, 0.02)
 _LAST_WORDS = 9
 STORM_EVENTS = 20_000  # in a second: nodes keep each other busy for nothing
 
@@ -35,6 +35,7 @@ class Process:
         self.name, self.host, self.after, self.chance = name, host, after, chance
         self.alive = True
         self.paused = False
+        self.thread_s = USUAL_THREAD_S  # how long a thread takes for its work
         self.backlog: list[asyncio.Handle] = []
         self.here: Context = copy_context()  # what is run in it belongs to this process
         self.here.run(PROCESS.set, self)
@@ -108,7 +109,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             except Exception as e:
                 future.set_exception(e)
 
-        self.call_later(process.chance.uniform(0.0005, THREAD_S), work)
+        self.call_later(process.chance.uniform(*process.thread_s), work)
         return future
 
     async def create_connection(  # type: ignore[override]

@@ -21,7 +21,7 @@ from raftfs.meta.state import apply, ops_data
 from tests.sim.__main__ import outcome
 from tests.sim.copies import CopyStore
 from tests.sim.node import ObservedStore
-from tests.sim.planted import RAFT_LAYER, Planted, edited, several, table
+from tests.sim.planted import COVERED, RAFT_LAYER, Planted, edited, several, table
 
 
 def _snapshots_claim_the_end_of_the_log() -> Any:
@@ -87,12 +87,6 @@ REPLICA: dict[str, Planted] = {
     "a lost disk may come back under its old name": edited(
         Roster, "refusal", ("if known not in (None, peer.uuid):", "if False:")
     ),
-    "a leader serves before it knows what is committed": edited(
-        SafeSyncObj, "leads", ("self.last_applied >= self.noop_index", "True")
-    ),
-    "reads do not wait for the state": edited(
-        SafeSyncObj, "_answer_reads", ("and read[1] <= self.last_applied", "")
-    ),
 }  # fmt: skip
 
 SERVICES: dict[str, Planted] = {
@@ -143,6 +137,17 @@ DATA: dict[str, Planted] = {
 
 MUTANTS: dict[str, Planted] = {**JOURNAL, **RAFT_LAYER, **REPLICA, **SERVICES, **DATA}
 
+# Only the Raft layer by itself shows these (`python -m tests.sim.core.mutants` finds each).
+EXCUSED = {
+    **COVERED,
+    "acknowledgements of older terms count":
+        "links keep the order and replaced ones are not heard, so none outlives its term",
+    "only the majority before a change counts":
+        "it takes the old disk of a replaced master, put back while the others are down",
+    "entries of older terms are committed by counting":
+        "it takes two leaders in turn that die with their last entries, and messages cut short",
+}  # fmt: skip
+
 # Found soon; the others take the command.
 IN_THE_SUITE = (
     "the journal is not synced", "the name of a new segment is not synced",
@@ -150,7 +155,8 @@ IN_THE_SUITE = (
     "a snapshot leaves the old log as it was", "checkpoints do not wait for the journal",
     "acknowledged before it is durable", "a retry is not recognised",
     "the leader's commit index is believed for what was not compared",
-    "surplus copies go without being condemned",
+    "surplus copies go without being condemned", "reads without a barrier",
+    "a leader serves before it knows what is committed", "reads without asking a majority",
 )  # fmt: skip
 
 
@@ -160,4 +166,4 @@ def finding(seed: int) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(table("python -m tests.sim.mutants", MUTANTS, finding, 60))
+    raise SystemExit(table("python -m tests.sim.mutants", MUTANTS, finding, 60, EXCUSED))

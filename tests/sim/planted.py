@@ -143,7 +143,20 @@ RAFT_LAYER: dict[str, Planted] = {
     "reads without asking a majority": _read_without_asking,
     "only the majority before a change counts": _only_the_old_majority,
     "entries of older terms are committed by counting": _commit_entries_of_older_terms,
+    "a leader serves before it knows what is committed": edited(
+        SafeSyncObj, "leads", ("self.last_applied >= self.noop_index", "True")
+    ),
+    "reads do not wait for the state": edited(
+        SafeSyncObj, "_answer_reads", ("and read[1] <= self.last_applied", "")
+    ),
 }
+
+
+# What can do no harm, and why: another rule covers it. Looked for all the same.
+COVERED = {
+    "reads do not wait for the state":
+        "a leader answers for what it has applied, and `leads` waits for what older ones answered",
+}  # fmt: skip
 
 
 # Runs one seed's story; gives what was found, "" for nothing.
@@ -159,8 +172,12 @@ def first_finding(fault: Planted, run: Run, seeds: range) -> tuple[int, str] | N
     return None
 
 
-def table(prog: str, mutants: dict[str, Planted], run: Run, seeds: int) -> int:
-    """A command: print a line for each fault; 1 if one was not found."""
+def table(
+    prog: str, mutants: dict[str, Planted], run: Run, seeds: int, excused: dict[str, str]
+) -> int:
+    """A command: print a line for each fault; 1 if one was not found that is not `excused`, which
+    says why a fault does no harm that can be seen here.
+    """
     parser = argparse.ArgumentParser(prog=prog)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--only", default="", help="part of a fault's name")
@@ -168,7 +185,8 @@ def table(prog: str, mutants: dict[str, Planted], run: Run, seeds: int) -> int:
     missed = 0
     for name in [n for n in mutants if args.only in n]:
         found = first_finding(mutants[name], run, range(args.seeds))
-        missed += found is None
-        told = f"seed {found[0]:4}  {found[1][:70]}" if found else "NOT FOUND"
+        missed += found is None and name not in excused
+        not_found = f"none: {excused[name]}" if name in excused else "NOT FOUND"
+        told = f"seed {found[0]:4}  {found[1][:70]}" if found else not_found
         print(f"{name:65} {told}", flush=True)
     return int(missed > 0)

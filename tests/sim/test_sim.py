@@ -11,6 +11,7 @@ from tests.sim.__main__ import many, outcome
 from tests.sim.faults import EFFECTS, KINDS
 from tests.sim.mutants import IN_THE_SUITE, MUTANTS, finding
 from tests.sim.planted import first_finding
+from tests.sim.stories_raft import STORIES
 
 SEEDS = int(os.environ.get("RAFTFS_SIM_SEEDS", "300"))
 _SLICE = 10
@@ -26,7 +27,7 @@ def test_no_promise_is_broken(first: int) -> None:
         _happened.update(acked=one.acked, reads=one.reads)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *EFFECTS])
+@pytest.mark.parametrize("kind", [*KINDS, *EFFECTS, *STORIES])
 def test_each_kind_of_fault_has_happened(kind: str) -> None:
     """In the stories above, while operations were acknowledged; else they would prove nothing."""
     if not _happened:

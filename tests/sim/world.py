@@ -36,6 +36,7 @@ from tests.sim.invariants import Invariants
 from tests.sim.net import Network
 from tests.sim.node import Machine
 from tests.sim.promises import Promises
+from tests.sim.stories_raft import FAULTS, RaftStories
 
 NAMES = ("a:1", "b:1", "c:1", "d:1", "e:1")
 CLIENTS = 3
@@ -58,6 +59,7 @@ class World:
         self.net = Network(loop, seed, lambda p, term, to: self.law.voted(p.name, term, to))
         self.net.seen = self.seen
         self.ended = False
+        self.hurried = False  # clients do nothing but make and remove names
         self.writes = 0  # numbers what clients write
         self.sync_s = self.chance.choice((0.005, 0.02, 0.1))  # the longest usual sync of a disk
         self.voters = NAMES if self.chance.random() < 0.2 else NAMES[:3]
@@ -147,7 +149,8 @@ class World:
             await asyncio.sleep(0.1)
         work = [client.start() for client in self.clients]
         chooser = Faults(self)
-        for _ in range(self.chance.choice(_FAULTS)):
+        told = FAULTS * await RaftStories(self).tell()
+        for _ in range(self.chance.choice(_FAULTS) - told):
             await asyncio.sleep(self.chance.uniform(0.03, 0.7))
             chooser.one()
         await self._mend()

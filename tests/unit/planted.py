@@ -22,6 +22,7 @@ from raftfs.meta.raft.checkpoints import Checkpoints
 from raftfs.meta.raft.configurations import Configurations
 from raftfs.meta.raft.journal import BLOB_HEAD, DurableJournal, JournalError
 from raftfs.meta.raft.messages import Ack
+from raftfs.meta.raft.replica import Replica
 from raftfs.meta.raft.safety import SafeSyncObj
 from raftfs.meta.raft.snapshot import SnapshotReceiver
 from raftfs.meta.service import ClientService
@@ -29,6 +30,7 @@ from raftfs.meta.state import digest, ops_namespace
 from raftfs.meta.store import MetaStore
 from raftfs.wire import ops, rpc
 from tests.sim.core import mutants as core
+from tests.sim.planted import edited
 
 RAFT, STORE, STATE = "tests/unit/raft/", "tests/unit/store/", "tests/unit/state/"
 _ENVIRONMENT = "RAFTFS_PLANTED"
@@ -242,6 +244,18 @@ PLANTED: dict[str, Planted] = {
         _any_snapshot,
         RAFT + "test_stock_disk.py"
         "::test_h11_an_older_snapshot_does_not_replace_a_newer_state[ours]",
+    ),
+    "a voter that takes itself for a learner is not asked": Planted(
+        edited(SafeSyncObj, "_stand",
+               ("self.connected.intersection(self._electorate())", "self.connected & self.voters")),
+        RAFT + "test_safety.py::"
+        "test_who_reaches_only_a_voter_that_takes_itself_for_a_learner_asks_it",
+    ),
+    "a replacement waits for a lull": Planted(
+        edited(Replica, "_promote_joined",
+               ("matched and core.commit_index - matched <= BEHIND_MAX",
+                "matched >= core.commit_index")),
+        RAFT + "test_replica.py::test_a_replacement_need_not_have_the_last_entries",
     ),
     "a piece from the middle is not answered": Planted(
         _silent_in_the_middle,

@@ -527,7 +527,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         mine = self.selfNode.id
         if self._campaign or self.configurations.agree({mine}):
             self._elect(mine)
-        elif self.connected & self.voters:
+        elif self.connected.intersection(self._electorate()):
             self.election_deadline = now + self._SyncObj__generateRaftTimeout() / 2
             self._pre_term, self._pre_votes = self.term + 1, {mine}
             question = PreVote(self._pre_term, self.journal[-1][1], self.journal[-1][2])

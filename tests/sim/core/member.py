@@ -32,6 +32,15 @@ class Checkpoint(NamedTuple):
     members: Members
 
 
+class OldDisk(NamedTuple):
+    """A disk that was taken out, and who its machine was with it."""
+
+    uuid: bytes
+    voter: bool
+    files: FakeFiles
+    checkpoint: Checkpoint
+
+
 class Snapshot(NamedTuple):
     """A checkpoint on its way to another master."""
 
@@ -100,6 +109,14 @@ class Member:
         self.voter = voter
         self.files = FakeFiles()
         self.checkpoint = Checkpoint(0, 0, [], self.initial)
+
+    def take_disk(self) -> OldDisk:
+        """Out of the stopped machine, which needs another one now."""
+        return OldDisk(self.uuid, self.voter, self.files, self.checkpoint)
+
+    def put_disk(self, disk: OldDisk) -> None:
+        """Into the stopped machine, which is then whoever it was with this disk."""
+        self.uuid, self.voter, self.files, self.checkpoint = disk
 
     @property
     def ident(self) -> str:

@@ -11,7 +11,7 @@ from pysyncobj import syncobj
 from raftfs.meta.raft.journal import DurableJournal
 from tests.sim.core.member import Member
 from tests.sim.core.world import story
-from tests.sim.planted import RAFT_LAYER, Planted, table
+from tests.sim.planted import COVERED, RAFT_LAYER, Planted, table
 
 
 def _checkpoint_ahead_of_the_journal() -> Any:
@@ -49,6 +49,14 @@ MUTANTS: dict[str, Planted] = {
     "checkpoints ahead of the journal": _checkpoint_ahead_of_the_journal,
 }
 
+# Found soon, by a story that is told for it; the others take the command.
+IN_THE_SUITE = (
+    "acknowledgements of older terms count", "reads without asking a majority",
+    "only the majority before a change counts",
+    "entries of older terms are committed by counting",
+    "a leader serves before it knows what is committed",
+)  # fmt: skip
+
 
 def finding(seed: int) -> str:
     """What the seed's story came to, "" if all was well."""
@@ -64,4 +72,4 @@ def finding(seed: int) -> str:
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    raise SystemExit(table("python -m tests.sim.core.mutants", MUTANTS, finding, 400))
+    raise SystemExit(table("python -m tests.sim.core.mutants", MUTANTS, finding, 400, COVERED))

@@ -16,6 +16,8 @@ class Network:
         self._seed = seed
         self.bad = True
         self.cut: set[Edge] = set()
+        self.late: set[Edge] = set()  # what is sent there now comes when `deliver_late` says
+        self._late: list[tuple[str, str, Any]] = []
         self.lost = self.doubled = 0
         self._streams: dict[Edge, random.Random] = {}
         self._queue: list[tuple[float, str, str, int, Any]] = []
@@ -24,6 +26,9 @@ class Network:
     def send(self, now: float, source: str, target: str, message: Any) -> None:
         """Delay, perhaps lose, perhaps duplicate."""
         edge = (source, target)
+        if edge in self.late and edge not in self.cut:
+            self._late.append((source, target, message))
+            return
         stream = self._streams.get(edge)
         if stream is None:
             stream = self._streams[edge] = random.Random(f"{self._seed}/{source}/{target}")
@@ -34,9 +39,19 @@ class Network:
             self.lost += copies == 0
             self.doubled += copies == 2
         for _ in range(copies):
-            self._sent += 1
             delay = stream.uniform(0.001, 0.03 if self.bad else 0.002)
-            heapq.heappush(self._queue, (now + delay, source, target, self._sent, message))
+            self._push(now + delay, source, target, message)
+
+    def _push(self, at: float, source: str, target: str, message: Any) -> None:
+        self._sent += 1
+        heapq.heappush(self._queue, (at, source, target, self._sent, message))
+
+    def deliver_late(self, now: float) -> None:
+        """What was held up arrives, whatever is cut by now."""
+        for source, target, message in self._late:
+            self.cut.discard((source, target))
+            self._push(now, source, target, message)
+        self._late.clear()
 
     def due(self, now: float) -> list[tuple[str, str, Any]]:
         """What arrives now; what a partition swallows does not."""

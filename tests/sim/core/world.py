@@ -8,17 +8,21 @@ cut what was synced. Checkpoints come often and keep little, so snapshots are ne
 import random
 from collections import Counter
 from typing import Any
+from unittest.mock import patch
 
 from pysyncobj import syncobj
 
 from raftfs.errors import NotLeader
+from raftfs.meta.raft import safety
 from raftfs.meta.raft.safety import LEADER
+from tests.sim.core import stories
 from tests.sim.core.member import Member, read_change
 from tests.sim.core.network import Network
 
 NAMES = ("a", "b", "c", "d", "e")
-VOTERS = ("a", "b", "c")
+_APPEND_BYTES = (20, 1 << 20, 1 << 20)  # the longest message: sometimes the log comes in pieces
 STEP_S = 0.005
+_BEHIND_MAX = 20  # entries
 
 
 class World:
@@ -36,7 +40,9 @@ class World:
         self.leaders: dict[int, str] = {}
         self.votes: dict[tuple[int, str], str] = {}
         self.log: dict[int, tuple[int, bytes]] = {}
-        self.voters = {n: n.encode() for n in VOTERS}  # as the first who applied a change has it
+        names = NAMES if self.chance.random() < 0.2 else NAMES[:3]
+        self.append_bytes = self.chance.choice(_APPEND_BYTES)
+        self.voters = {n: n.encode() for n in names}  # as the first who applied a change has it
         self._asked: set[bytes] = set()  # identities that somebody proposed as voters
         self.acked: set[bytes] = set()
         self.proposed = 0
@@ -45,7 +51,7 @@ class World:
         self.members = {
             n: Member(self, n, dict(self.voters), random.Random(f"{seed}/{n}")) for n in NAMES
         }
-        for name in VOTERS:
+        for name in names:
             self.members[name].start()
 
     def running(self) -> list[Member]:
@@ -195,7 +201,9 @@ class World:
         self.seen["membership changed"] += error is None
 
     def promote(self) -> None:
-        """What the leader does by itself: replacements that have caught up get their votes back."""
+        """What the leader does by itself: replacements get their votes back, though they lack the
+        last entries.
+        """
         for leader in self.running():
             core = leader.core
             if core is None or not core.leads or core.configurations.changing:
@@ -203,16 +211,17 @@ class World:
             for node in list(core.learners):
                 name, _, identity = node.id.partition("#")
                 known = leader.members.get(name)
-                caught_up = core.match_index.get(node, 0) >= core.commit_index
+                caught_up = core.match_index.get(node, 0) > max(0, core.commit_index - _BEHIND_MAX)
                 if known is not None and known.hex() != identity and caught_up:
                     command = b"=%s %s" % (name.encode(), identity.encode())
                     core.change_members(command, lambda result, error: None)
                     break
 
-    def mend(self) -> None:
-        """Everything works again."""
+    def mend(self, *, bad: bool = False) -> None:
+        """Everything works again; `bad`: as well as the network lets it."""
         self.net.cut.clear()
-        self.net.bad = False
+        self.net.late.clear()
+        self.net.bad = bad
         for member in self.members.values():
             member.paused_until = member.slow_until = 0.0
             member.files._fail_at = 0
@@ -225,17 +234,22 @@ class World:
         """Whoever believes to lead gets a command."""
         for member in self.running():
             core = member.core
-            if core is None or not core.leads or member.paused_until > self.now:
-                continue
-            self.proposed += 1
-            command = b"c%d" % self.proposed
+            if core is not None and core.leads and member.paused_until <= self.now:
+                self.propose_to(member)
 
-            def done(result: Any, error: Exception | None, command: bytes = command) -> None:
-                if error is None:
-                    self.acked.add(command)
+    def propose_to(self, member: Member) -> None:
+        """This leader gets a command."""
+        core = member.core
+        assert core is not None
+        self.proposed += 1
+        command = b"c%d" % self.proposed
 
-            core.propose(command, done)
-            core.replicate()
+        def done(result: Any, error: Exception | None) -> None:
+            if error is None:
+                self.acked.add(command)
+
+        core.propose(command, done)
+        core.replicate()
 
     def read(self) -> None:
         """A guarded read at whoever believes to lead must see everything acknowledged before."""
@@ -294,7 +308,15 @@ class World:
 def story(seed: int, faults: int = 25) -> World:
     """One run: faults and load, then mending and the final checks."""
     world = World(seed)
+    with patch.object(safety, "APPEND_BYTES", world.append_bytes):
+        _tell(world, faults)
+    return world
+
+
+def _tell(world: World, faults: int) -> None:
     world.run(1.5)
+    if stories.Stories(world).tell():
+        faults -= stories.FAULTS
     for _ in range(faults):
         for _ in range(world.chance.randrange(1, 12)):
             for _ in range(world.chance.choice((1, 1, 4))):
@@ -311,4 +333,3 @@ def story(seed: int, faults: int = 25) -> World:
     world.propose()
     world.run(1.0)
     world.check_end()
-    return world

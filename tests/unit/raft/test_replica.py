@@ -7,9 +7,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from pysyncobj.node import Node
 
 from raftfs.cli.benchcore import free_ports
 from raftfs.errors import (
@@ -385,6 +388,34 @@ def test_who_joins_lets_in_a_master_that_its_peers_leave_out(tmp_path: Path) -> 
         finally:
             await replica.stop()
             store.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize(
+    ("matched", "votes"), [(0, False), (899, False), (900, True), (1_000, True)]
+)
+def test_a_replacement_need_not_have_the_last_entries(
+    tmp_path: Path, matched: int, votes: bool
+) -> None:
+    """Under load it never has at the moment when the leader looks, and once waited for a lull."""
+
+    async def story() -> None:
+        names = tuple(f"127.0.0.1:{port}" for port in free_ports(3))
+        store = MetaStore(tmp_path / "state.mdb")
+        replica = Replica(ReplicaConfig(names[0], names, tmp_path), store, KEY)
+        replica._roster.members = {name: b"old" for name in names}
+        node = Node(f"{names[1]}#{b'new'.hex()}")
+        core = SimpleNamespace(
+            learners={node}, match_index={node: matched}, commit_index=1_000,
+            configurations=SimpleNamespace(changing=False),
+        )  # fmt: skip
+        with patch.object(replica, "change_members") as change:
+            replica._promote_joined(core)  # type: ignore[arg-type]
+        assert [call.args[0] for call in change.call_args_list] == (
+            [ops.ReplaceMember(names[1], b"new")] if votes else []
+        )
+        store.close()
 
     run(story())
 

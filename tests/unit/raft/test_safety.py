@@ -238,6 +238,19 @@ def test_one_vote_a_term_also_after_a_restart(bench: Bench) -> None:
     assert [v.term for v in bench.wire.take(VoteGiven)] == [5], "the same vote may be repeated"
 
 
+def test_who_reaches_only_a_voter_that_takes_itself_for_a_learner_asks_it(bench: Bench) -> None:
+    """It does not know yet that it votes, and the leader that could tell it is gone for good."""
+    for node in (B, C):
+        bench.wire._onNodeDisconnected(node)
+    learner = Node(f"b#{b'new'.hex()}")
+    bench.wire._onReadonlyNodeConnected(learner)
+    bench.wait(1.5)
+    assert not bench.wire.take(PreVote), "it reaches no voter"
+    bench.core.set_members({"a": b"", "b": b"new", "c": b""})
+    bench.wait(0.7)
+    assert (learner.id, PreVote) in [(to, type(message)) for to, message in bench.wire.sent]
+
+
 def test_no_vote_for_a_shorter_log(bench: Bench) -> None:
     bench.core.receive(B, append(entries(2, 3), 1, 0))
     bench.core.tick()
