@@ -35,6 +35,7 @@ class Process:
         self.name, self.host, self.after, self.chance = name, host, after, chance
         self.alive = True
         self.paused = False
+        self.behind_s = 0.0  # how long its clock stood still with it, as a suspended machine's
         self.backlog: list[asyncio.Handle] = []
         self.here: Context = copy_context()  # what is run in it belongs to this process
         self.here.run(PROCESS.set, self)
@@ -75,6 +76,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         """Virtual seconds."""
         return self.now
+
+    def monotonic(self) -> float:
+        """What the clock of whoever asks shows."""
+        process = PROCESS.get()
+        return self.now if process is None else self.now - process.behind_s
 
     def _process_events(self, event_list: Any) -> None:
         """There are no files."""

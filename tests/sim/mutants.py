@@ -2,6 +2,8 @@
 seed that finds each is printed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +20,7 @@ from raftfs.meta.raft.roster import Roster
 from raftfs.meta.raft.safety import SafeSyncObj
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import apply, ops_data
+from raftfs.wire import ops
 from tests.sim.__main__ import outcome
 from tests.sim.copies import CopyStore
 from tests.sim.node import ObservedStore
@@ -54,6 +57,18 @@ def _one_replica_differs() -> Any:
 
 def _forget_terms() -> Any:
     return patch.object(CopyStore, "remember_term", lambda self, term: None)
+
+
+def _operation(op: type, owner: Any, name: str, *changes: tuple[str, str]) -> Planted:
+    """As `edited`, of what the state does with an operation: it is called by way of a table."""
+    fault = edited(owner, name, *changes)
+
+    @contextmanager
+    def plant() -> Iterator[None]:
+        with fault(), patch.dict(apply._OPS, {op: getattr(owner, name)}):
+            yield
+
+    return plant
 
 
 JOURNAL: dict[str, Planted] = {
@@ -137,7 +152,7 @@ DATA: dict[str, Planted] = {
     ),
     "an acknowledged chunk is replaced when its copies are away": several(
         edited(Grants, "_without_copies", ("if chunk.born or ask.acked:", "if False:")),
-        edited(ops_data, "grant_write", ("if old.born:", "if False:")),
+        _operation(ops.GrantWrite, ops_data, "grant_write", ("if old.born:", "if False:")),
     ),
 }  # fmt: skip
 
@@ -150,7 +165,11 @@ IN_THE_SUITE = (
     "a snapshot leaves the old log as it was", "checkpoints do not wait for the journal",
     "acknowledged before it is durable", "a retry is not recognised",
     "the leader's commit index is believed for what was not compared",
-    "surplus copies go without being condemned",
+    "chunkservers obey deposed leaders", "chunkservers forget the term in a restart",
+    "servers count before they know the term", "versions are never raised",
+    "a version counts although an answer is missing", "stale copies count",
+    "surplus copies go without being condemned", "copies are made while somebody writes",
+    "an acknowledged chunk is replaced when its copies are away",
 )  # fmt: skip
 
 

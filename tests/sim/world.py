@@ -25,7 +25,7 @@ from raftfs.meta import service
 from raftfs.meta.raft import replica
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.state import read
-from tests.sim import chunkserver
+from tests.sim import chunkserver, stories_data
 from tests.sim.broken import must
 from tests.sim.chunkserver import ChunkMachine
 from tests.sim.clients import Client
@@ -147,17 +147,22 @@ class World:
             await asyncio.sleep(0.1)
         work = [client.start() for client in self.clients]
         chooser = Faults(self)
-        for _ in range(self.chance.choice(_FAULTS)):
+        faults = self.chance.choice(_FAULTS)
+        if await stories_data.play(self):
+            faults //= 2
+        for _ in range(faults):
             await asyncio.sleep(self.chance.uniform(0.03, 0.7))
             chooser.one()
-        await self._mend()
+        self.mend()
+        await asyncio.sleep(0.5)
         self.ended = True
         await self._until(lambda: all(w.done() for w in work), "a client waits in vain")
         await self._until(self._agreed, "no agreement")
         await self._until(lambda: not self._lacking(), "goals are not met")
         self.promises.check_all()
 
-    async def _mend(self) -> None:
+    def mend(self) -> None:
+        """Nothing is wrong any more."""
         self.net.heal()
         self.net.slowest_s = 0.01
         for machine in self.machines:
@@ -166,7 +171,6 @@ class World:
         for server in self.chunkservers:
             server.disk.full = False
         self.revive()
-        await asyncio.sleep(0.5)
 
     def revive(self) -> None:
         """Start everything that is down."""
@@ -258,9 +262,9 @@ def _observed(world: World) -> Iterator[None]:
     random.seed(world.seed)
     try:
         with (
-            patch.object(syncobj, "monotonicTime", world.loop.time),
+            patch.object(syncobj, "monotonicTime", world.loop.monotonic),
             patch.object(syncobj, "random", chance),
-            patch.object(time, "monotonic", world.loop.time),
+            patch.object(time, "monotonic", world.loop.monotonic),
             patch.object(os, "urandom", chance.randbytes),
             patch.object(masterlink, "fetch", chunkserver.fetch),
             patch.object(masterlink, "discard", lambda store, fetched: None),
