@@ -20,6 +20,7 @@ from raftfs.meta.raft.roster import Roster
 from raftfs.meta.raft.safety import SafeSyncObj
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import apply, ops_data
+from raftfs.meta.store import MetaStore
 from raftfs.wire import ops
 from tests.sim.__main__ import outcome
 from tests.sim.copies import CopyStore
@@ -96,6 +97,9 @@ REPLICA: dict[str, Planted] = {
         Replica, "_install", ("or index <= core.last_applied", "")
     ),
     "one replica applies otherwise": _one_replica_differs,
+    "rows of the state are not audited": lambda: patch.object(
+        MetaStore, "audit_some", lambda self: 1
+    ),
     "a learner asks for strangers' names": edited(
         Roster, "refusal", ("if not self._identity.voter:", "if False:")
     ),
@@ -142,7 +146,7 @@ DATA: dict[str, Planted] = {
         healing, "good", (" if committed <= v <= max(committed, reserved)", "")
     ),
     "surplus copies go without being condemned": edited(
-        Healer, "_destroy_surplus",
+        Healer, "_give_up_one",
         ("await self._proposer.commit(DropCopy(now.id, now.version, fullest))", "pass"),
     ),
     "copies are made while somebody writes": several(

@@ -121,6 +121,12 @@ class Teller(Client):
         await self.until(other_leads)
         return found[0]
 
+    async def fill(self, *servers: ChunkMachine) -> None:
+        """No room is left there, and the masters know it."""
+        for server in servers:
+            server.disk.full = True
+        await asyncio.sleep(1.2)
+
     async def knows(self, server: ChunkMachine, leader: Machine) -> None:
         """The server has acknowledged the leader's term."""
         term, uuid = leader.replica.term if leader.replica else 0, server.disk.server
@@ -199,15 +205,14 @@ async def two_leaders_give_up_different_copies(t: Teller) -> None:
 
     For: servers that are counted before they know the term.
     """
-    chunk, servers = await t.file(2)
+    chunk, (first, second) = await t.file(2)
     former, promises = t.leader(), t.world.promises
-    t.cut([former.host], _hosts(servers))
+    await t.fill(first)  # whoever has less room is relieved
+    t.cut([former.host], [first.host])
     await t.mutate(ops.SetGoal(t.inode, 0, 1))
-    await t.until(lambda: bool(promises.condemned(chunk)))
-    first = next(s for s in servers if s.disk.server == promises.condemned(chunk)[0])
-    second = next(s for s in servers if s is not first)
-    second.disk.full = True  # whoever has less room is relieved
-    await asyncio.sleep(0.8)  # until the masters have heard it
+    await t.until(lambda: first.disk.server in promises.condemned(chunk))
+    first.disk.full = False
+    await t.fill(second)
     t.cut([m.host for m in t.world.masters], [first.host])
     await t.successor(former)
     with suppress(_Missed):  # that one is not given up is as it should be
@@ -224,9 +229,7 @@ async def an_answer_is_lost(t: Teller) -> None:
     For: versions that are committed although an answer is missing.
     """
     _, (failed, silent, _) = await t.file(3)
-    for server in t.world.chunkservers:
-        server.disk.full = True
-    await asyncio.sleep(1.2)  # until the masters have heard it
+    await t.fill(*t.world.chunkservers)
     t.cut([silent.host], [m.host for m in t.world.masters])
     await t.write(failed=(failed.disk.server,))
 

@@ -158,6 +158,7 @@ class World:
         self.ended = True
         await self._until(lambda: all(w.done() for w in work), "a client waits in vain")
         await self._until(self._agreed, "no agreement")
+        must(not any(m.store.rotten for m in self._voting()), "a rotten row was not noticed")
         await self._until(lambda: not self._lacking(), "goals are not met")
         self.promises.check_all()
 
