@@ -296,10 +296,31 @@ async def one_copy_goes_on_alone(t: Teller) -> None:
         await t.files.read(t.inode, 0)
 
 
+async def the_other_copy_has_just_gone(t: Teller) -> None:
+    """A goal falls from 2 to 1 while the server that is to keep its copy still looks connected, and
+    is lost for good.
+
+    For: surplus copies that go although nobody knows whether the others are there.
+    """
+    chunk, (first, second) = await t.file(2)
+    masters = [m.host for m in t.world.masters]
+    await t.fill(first)  # whoever has less room is relieved
+    t.cut([second.host], masters)
+    t.cut(masters, [second.host])
+    await t.mutate(ops.SetGoal(t.inode, 0, 1))
+    with suppress(_Missed):  # that it is not given up is as it should be
+        await t.until(lambda: chunk not in first.disk.copies, 2.6)
+    first.disk.full = False
+    if not t.world.may_replace(second, unless=chunk):
+        raise _Missed
+    second.die(power=True)
+    second.new_disk()
+
+
 STORIES: tuple[Callable[[Teller], Awaitable[None]], ...] = (
     an_old_order_comes_late, a_suspended_leader_meets_a_restarted_server,
     two_leaders_give_up_different_copies, an_answer_is_lost, a_goal_rises_under_a_writer,
-    all_copies_are_away, one_copy_goes_on_alone,
+    all_copies_are_away, one_copy_goes_on_alone, the_other_copy_has_just_gone,
 )  # fmt: skip
 
 

@@ -110,14 +110,15 @@ class World:
         others = [m for m in self.masters if m.name in members and m is not machine]
         return all(m.running and m.uuid == members[m.name] and not m.flipped for m in others)
 
-    def may_replace(self, server: ChunkMachine) -> bool:
-        """Whether a chunkserver may go for good: every copy that it has is elsewhere, too, and will
-        stay there. (With goal 1 the leader may just be giving up the other one for this one.)
+    def may_replace(self, server: ChunkMachine, *, unless: int = 0) -> bool:
+        """Whether a chunkserver may go for good: every copy that it has (`unless` of that chunk) is
+        elsewhere, too, and will stay there. (With goal 1 the leader may just be giving up the other
+        one for this one.)
         """
         others = [s.disk for s in self.chunkservers if s is not server and s.running]
         for chunk in server.disk.copies:
             row = read.chunk(self.law.truth, chunk)
-            if row is not None and row.refs:
+            if row is not None and row.refs and chunk != unless:
                 copies = [(d.server, d.copies[chunk]) for d in others if chunk in d.copies]
                 if row.goal < 2 or not good(copies, row.version, row.reserved):
                     return False
