@@ -63,7 +63,7 @@ class MasterLinks:
         self._fetching: set[int] = set()
         self._sources = ChunkPool()
         self._gate = TermGate(store.term)
-        self._links: set[Link] = set()  # those that have had the full report
+        self._links: dict[Link, None] = {}  # those that have had the full report
         self._pending: dict[Link, list[m.Changed]] = {}  # changes since a full report began
         self._space_at = 0.0
         self._space: m.Space | None = None
@@ -124,7 +124,7 @@ class MasterLinks:
                     failures = 0
                     await self._heartbeat(link)
                 finally:
-                    self._links.discard(link)
+                    self._links.pop(link, None)
                     self._pending.pop(link, None)
                     link.close()
                 log.info("master lost", master=f"{host}:{port}")
@@ -177,7 +177,7 @@ class MasterLinks:
         # no await from here until the link is among those that are told of changes
         for change in self._pending.pop(link):
             link.notify(change)
-        self._links.add(link)
+        self._links[link] = None
         await link.call(m.Ready(), _CALL_TIMEOUT_S)
         log.info("master connected", master=f"{link.peer[0]}:{link.peer[1]}", copies=len(copies))
 

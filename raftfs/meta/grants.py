@@ -34,7 +34,7 @@ from raftfs.meta.proposer import Proposer
 from raftfs.meta.state import read
 from raftfs.meta.state.model import ChunkRow, Rows
 from raftfs.wire import messages as m
-from raftfs.wire.ops import Granted, GrantWrite, SetVersion
+from raftfs.wire.ops import Granted, GrantWrite, SetVersion, Unlock
 from raftfs.wire.rpc import decode
 
 log = structlog.get_logger("raftfs.grants")
@@ -251,9 +251,13 @@ class Grants:
             raised = await self._hub.order_all({uuid: order for uuid in servers})
             if not raised:
                 row = read.chunk(self._rows, granted.chunk)
-                if row is not None and not unlock:
-                    return await self._without_copies(session, ask, row)
-                raise ReplyError(Status.NO_COPIES)
+                if row is None or unlock:
+                    raise ReplyError(Status.NO_COPIES)
+                if row.born:
+                    # The writer learns nothing of this grant, so it could not end it. (To unlock a
+                    # chunk that is not born removes it, with what is on copies that are away.)
+                    await self._proposer.commit(Unlock(granted.chunk, granted.lock))
+                return await self._without_copies(session, ask, row)
             complete = len(raised) == len(servers)
             servers = raised
             if complete and not replicated:

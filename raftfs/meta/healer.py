@@ -6,8 +6,8 @@ slices) and up to `REPAIRS_MAX` repairs side by side, each under the chunk's loc
 
 Nothing is destroyed that was not condemned by a committed entry: a chunk whose last reference is
 gone is *doomed* in the state; a stale copy is older than the committed version; a surplus copy is
-named in a `DropCopy` entry, and only while the chunk meets its goal without it; a copy that the
-state does not know is kept for `orphan_delay_s` first.
+named in a `DropCopy` entry, and only while servers that answer meet the goal without it; a copy
+that the state does not know is kept for `orphan_delay_s` first.
 """
 
 import asyncio
@@ -248,12 +248,27 @@ class Healer:
                 if self._may_go(now, server, version):
                     await self._destroy(now.id, version, server, "stale")
             if verdict.surplus:
-                fullest = min(verdict.chosen, key=lambda s: self._hub.servers[s].free)
-                await self._proposer.commit(DropCopy(now.id, now.version, fullest))
-                await self._destroy(now.id, now.version, fullest, "surplus")
-                self._grants.prove_less(now.id, fullest)
+                await self._give_up_one(now, verdict.chosen)
         if verdict.surplus > 1:
             self.examine([chunk.id], delay_s=0.0)
+
+    async def _give_up_one(self, chunk: ChunkRow, chosen: Iterable[bytes]) -> None:
+        """Of more copies than the goal asks for. LinkError, and all stay, unless those that would
+        be left are there: a server that has just died still counts as connected.
+        """
+        fullest = min(chosen, key=lambda s: self._hub.servers[s].free)
+        term = m.NewTerm(self._hub.term)  # known to them; only the answer matters
+        there = await self._hub.order_all({s: term for s in chosen if s != fullest})
+        now = read.chunk(self._rows, chunk.id)  # its goal may have risen
+        if now is None:
+            return
+        # Whatever befell their copies was reported before they answered.
+        left = set(there) & set(self._grants.verdict(now).chosen)
+        if len(left) < now.goal:
+            raise LinkError("servers that hold the other copies do not answer")
+        await self._proposer.commit(DropCopy(now.id, now.version, fullest))
+        await self._destroy(now.id, now.version, fullest, "surplus")
+        self._grants.prove_less(now.id, fullest)
 
     def _may_go(self, chunk: ChunkRow, server: bytes, version: int) -> bool:
         """Whether a stale copy may be destroyed; one that a restore made stale is kept as long as

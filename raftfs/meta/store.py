@@ -133,10 +133,17 @@ class MetaStore:
         if row is MISSING:
             try:
                 raw = self._reader.get(key)
-                row = self._decoders[key[0]].decode(raw) if raw is not None else None
-            except (lmdb.Error, msgspec.MsgspecError) as e:
+            except lmdb.Error as e:
                 raise self._damaged(e) from None
+            row = None if raw is None else self._decoded(key, raw)
             self._cache.put(key, row)
+        return row
+
+    def _decoded(self, key: bytes, raw: bytes) -> Row:
+        try:
+            row: Row = self._decoders[key[0]].decode(raw)
+        except msgspec.MsgspecError as e:
+            raise self._damaged(e) from None
         return row
 
     def _damaged(self, what: object) -> StateDiffers:
@@ -169,7 +176,7 @@ class MetaStore:
                 row = self.get(key)
                 at += 1
             else:
-                row = self._decoders[key[0]].decode(raw)
+                row = self._decoded(key, raw)
             if row is not None:
                 yield key, row
         for key in changed[at:]:

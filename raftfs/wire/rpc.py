@@ -308,7 +308,7 @@ async def connect(
 class Server:
     """A listening port and its links."""
 
-    def __init__(self, server: asyncio.Server, links: set[Link]) -> None:
+    def __init__(self, server: asyncio.Server, links: dict[Link, None]) -> None:
         self._server = server
         self.links = links
 
@@ -333,15 +333,15 @@ async def serve(
     on_close: Callable[[Link], None] | None = None,
 ) -> Server:
     """Listen. OSError if the port cannot be had."""
-    links: set[Link] = set()
+    links: dict[Link, None] = {}  # in the order of their coming: a run can be repeated
 
     def opened(link: Link) -> None:
-        links.add(link)
+        links[link] = None
         if on_open is not None:
             on_open(link)
 
     def closed(link: Link) -> None:
-        links.discard(link)
+        links.pop(link, None)
         if on_close is not None:
             on_close(link)
 

@@ -48,17 +48,22 @@ class Client:
 
     async def _work(self) -> None:
         try:
-            addresses = [(host, 4) for host in self.world.hosts()]
-            session = Session(info=self.name)
-            self.meta = MetaClient(addresses, session, timeout_s=_FOR_EVER_S)
-            self.meta.on_new_session.append(self._forgotten)
-            await self.meta.start(_FOR_EVER_S)
+            await self._connect()
             while not self.world.ended:
                 await self._one()
                 await asyncio.sleep(self.chance.uniform(0.0, 0.08))
-            await self.meta.call(m.EndMySession())  # and with it what it has locked
+            await self._leave()
         except Exception as e:
             self.world.fail(e)
+
+    async def _connect(self) -> None:
+        addresses = [(host, 4) for host in self.world.hosts()]
+        self.meta = MetaClient(addresses, Session(info=self.name), timeout_s=_FOR_EVER_S)
+        self.meta.on_new_session.append(self._forgotten)
+        await self.meta.start(_FOR_EVER_S)
+
+    async def _leave(self) -> None:
+        await self.meta.call(m.EndMySession())  # and with it what it has locked
 
     def _forgotten(self) -> None:
         must(False, f"{self.name}'s session is gone")

@@ -36,6 +36,7 @@ class Process:
         self.alive = True
         self.paused = False
         self.thread_s = USUAL_THREAD_S  # how long a thread takes for its work
+        self.behind_s = 0.0  # how long its clock stood still with it, as a suspended machine's
         self.backlog: list[asyncio.Handle] = []
         self.here: Context = copy_context()  # what is run in it belongs to this process
         self.here.run(PROCESS.set, self)
@@ -76,6 +77,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def time(self) -> float:
         """Virtual seconds."""
         return self.now
+
+    def monotonic(self) -> float:
+        """What the clock of whoever asks shows."""
+        process = PROCESS.get()
+        return self.now if process is None else self.now - process.behind_s
 
     def _process_events(self, event_list: Any) -> None:
         """There are no files."""

@@ -10,6 +10,7 @@ from raftfs.errors import NotLeader, OutcomeUnknown, RaftfsError
 from raftfs.meta.membership import Membership
 from tests.sim.clock import Process
 from tests.sim.node import Machine
+from tests.sim.rot import flip_row
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -19,13 +20,14 @@ KINDS = (
     "orderly stop asked", "pause", "everybody suspended", "clock jump", "partition",
     "one-way partition", "leader deposed", "slow network", "connection broken", "slow disk",
     "disk full", "I/O error",
-    "journal flip", "snapshot flip", "disk lost", "disk lost unnoticed", "join",
+    "journal flip", "state flip", "snapshot flip", "disk lost", "disk lost unnoticed", "join",
     "administration asked", "leadership handed over", "chunkserver kill", "chunkserver power cut",
     "chunkserver pause", "chunkserver partition", "chunkserver full", "chunkserver replaced",
     "client partition", "client pause",
 )  # fmt: skip
 EFFECTS = (
-    "disk stops a node", "damage refused", "identity refused", "torn sector", "duplicated message",
+    "disk stops a node", "damage refused", "rot noticed", "identity refused", "torn sector",
+    "duplicated message",
     "member added", "member removed", "removed", "orderly stop", "write acknowledged", "fsync",
     "write committed", "write given up", "content read", "unsynced write lost", "copy replicated",
     "copy destroyed", "version raised", "old term refused",
@@ -44,7 +46,8 @@ class Faults:
             (22, self._start), (12, self._kill), (8, self._in_a_write), (6, self._kill_all),
             (14, self._partition), (32, self._heal), (5, self._slow_network), (8, self._break),
             (8, self._pause), (4, self._clock), (4, self._suspend), (5, self._slow_disk),
-            (5, self._failing_disk), (5, self._flip_journal), (6, self._flip_snapshot),
+            (5, self._failing_disk), (5, self._flip_journal), (4, self._flip_state),
+            (6, self._flip_snapshot),
             (5, self._lose_disk), (12, self._membership), (4, self._hand_over), (4, self._stop),
             (10, self._kill_server), (5, self._pause_server), (6, self._cut_server),
             (3, self._fill_server), (3, self._replace_server), (5, self._cut_client),
@@ -252,6 +255,17 @@ class Faults:
         machine.flipped = True
         machine.start()
         return "journal flip"
+
+    def _flip_state(self, machine: Machine) -> str:
+        """While it is down. What it says from then on counts for nothing; it has to notice."""
+        if not self.world.may_lose(machine):
+            return ""
+        machine.die(power=False)
+        if not flip_row(machine.folder / "state.mdb", self.chance):
+            return ""
+        machine.flipped = machine.rotten = True
+        machine.start()
+        return "state flip"
 
     def _flip_snapshot(self, machine: Machine) -> str:
         self.world.loop.create_task(self._flip_when_there(), context=self.world.outside.copy())

@@ -5,6 +5,7 @@ because what it had not synced may be gone; everything that no fsync covered is 
 """
 
 import asyncio
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from raftfs.errors import LinkError, ReplyError
@@ -33,11 +34,12 @@ class FileUser:
             return
         inode, index = self._chance.choice(files), self._chance.randrange(2)
         if self._chance.random() < 0.4:
-            await self._read(inode, index)
+            await self.read(inode, index)
         else:
-            await _Writer(client, inode, index).run()
+            await Writer(client, inode, index).run()
 
-    async def _read(self, inode: int, index: int) -> None:
+    async def read(self, inode: int, index: int) -> None:
+        """Whatever copy answers first must have what was promised before it was asked for."""
         client = self._client
         promises = client.world.promises
         everything = {chunk: promises.expected(chunk) for chunk in promises.written}
@@ -74,57 +76,62 @@ async def _connect(copy: m.Location) -> rpc.Link | None:
         return None
 
 
-class _Writer:
+class Writer:
     """One opening of a chunk: granted, written, perhaps synced, committed."""
 
-    def __init__(self, client: "Client", inode: int, index: int) -> None:
+    def __init__(
+        self, client: "Client", inode: int, index: int = 0, failed: Iterable[bytes] = ()
+    ) -> None:
+        """`failed`: copies that it could not reach just before."""
         self._client, self._inode, self._index = client, inode, index
         self._world, self._chance = client.world, client.chance
-        self._grant: m.ChunkMap | None = None
+        self.grant: m.ChunkMap | None = None
         self._links: dict[bytes, rpc.Link] = {}
-        self._failed: list[bytes] = []
+        self._failed = list(failed)
         self._acked: list[int] = []  # under the chunk of this grant
 
     async def run(self) -> None:
         """Gives up as a mount would, with an error for the application."""
         try:
             for _ in range(self._chance.randint(1, 3)):
-                self._world.writes += 1
-                if not await self._write(self._world.writes):
+                if not await self.write():
                     break
-                if self._chance.random() < 0.5 and not await self._sync():
+                if self._chance.random() < 0.5 and not await self.sync():
                     break
                 await asyncio.sleep(self._chance.choice((0.0, 0.0, 0.3)))
-            await self._commit()
+            await self.commit()
         except ReplyError:
             self._world.seen["write given up"] += 1
         finally:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Drop its links; what is locked stays so."""
         for link in self._links.values():
             link.close()
         self._links = {}
 
     async def _obtain(self) -> m.ChunkMap:
         """The grant, asked for again without the copies that failed."""
-        if self._grant is None or self._failed:
-            self._close()
+        if self.grant is None or self._failed:
+            self.close()
             ask = m.WriteChunk(self._inode, self._index, self._failed, bool(self._acked))
             grant: m.ChunkMap = await self._client.meta.call(ask)
-            if self._grant is not None and grant.chunk != self._grant.chunk:
+            if self.grant is not None and grant.chunk != self.grant.chunk:
                 self._acked = []
-            self._grant, self._failed = grant, []
+            self.grant, self._failed = grant, []
             for copy in grant.copies:
                 link = await _connect(copy)
                 if link is None:
                     self._failed.append(copy.server)
                 else:
                     self._links[copy.server] = link
-        return self._grant
+        return self.grant
 
-    async def _write(self, write: int) -> bool:
-        """True once every copy of one grant has it, and all before it."""
+    async def write(self) -> bool:
+        """One more write. True once every copy of one grant has it, and all before it."""
+        self._world.writes += 1
+        write = self._world.writes
         for _ in range(_TRIES):
             grant = await self._obtain()
             if self._failed:
@@ -142,9 +149,9 @@ class _Writer:
                 return True
         return False
 
-    async def _sync(self) -> bool:
+    async def sync(self) -> bool:
         """True once everything so far is on the disks of all copies."""
-        grant = self._grant
+        grant = self.grant
         assert grant is not None
         if not await self._all_answer([m.SyncData(0, grant.chunk, grant.version, [])]):
             return False
@@ -164,8 +171,9 @@ class _Writer:
                 self._failed.append(server)
         return not self._failed
 
-    async def _commit(self) -> None:
-        grant = self._grant
+    async def commit(self) -> None:
+        """Tell the masters; the grant ends."""
+        grant = self.grant
         if grant is None:
             return
         length = self._chance.randrange(1, 9_999)

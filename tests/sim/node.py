@@ -43,22 +43,26 @@ class ObservedStore(MetaStore):
 
     def __init__(self, path: Path, law: "Invariants", who: str) -> None:
         self._law, self._who = law, who
+        self.rotten = False  # a bit of a row was flipped: it may differ until that is noticed
         super().__init__(path, cache_rows=40)
 
     def apply_entry(self, index: int, term: int, data: bytes) -> list[Applied]:
         """As `MetaStore.apply_entry`."""
         applied = super().apply_entry(index, term, data)
-        self._law.applied(self._who, index, term, data, applied)
+        if not self.rotten:
+            self._law.applied(self._who, index, term, data, applied)
         return applied
 
     def thaw(self) -> None:
         """As `MetaStore.thaw`."""
         super().thaw()
-        self._law.checkpoint(self._who, *self.digests[-1])
+        if not self.rotten:
+            self._law.checkpoint(self._who, *self.digests[-1])
 
     def install(self, path: Path) -> None:
         """As `MetaStore.install`."""
         super().install(path)
+        self.rotten = False
         self._law.installed(self._who, *self.digests[-1])
 
 
@@ -109,6 +113,7 @@ class Machine:
         self.clock_offset_ns = 0
         self.slow_until = 0.0
         self.flipped = self.refused = False  # damaged by us; must not start again
+        self.rotten = False  # of that, a row of the state
         self.forgetful = False  # started without its disk, as if it had lost nothing
         self.uuid: bytes | None = None
         self._identities = 0
@@ -121,7 +126,7 @@ class Machine:
         self.ident = f"{self.name}/{self._identities}"  # name and which disk
         self.join = join
         self.disk = Disk(self.chance)
-        self.flipped = self.refused = self.forgetful = False
+        self.flipped = self.refused = self.forgetful = self.rotten = False
         self.uuid = None
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -160,6 +165,7 @@ class Machine:
         store = self._state = ObservedStore(
             self.folder / "state.mdb", self.world.law, self.ident
         )
+        store.rotten = self.rotten
         members = store.members()
         peers = tuple(sorted({*members, *self._itself()})) if members else self.peers
         self._stop = asyncio.Event()
@@ -219,6 +225,8 @@ class Machine:
             must(right, f"{self.ident} is told that it was removed, and it is a master")
         elif self.forgetful and "lost its data" in reason:
             kind = "identity refused"
+        elif self.rotten and ("damaged" in reason or "differs" in reason):
+            kind = "rot noticed"
         elif self.flipped and ("damaged" in reason or "replace" in reason):
             kind = "damage refused"
         else:

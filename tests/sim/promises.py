@@ -40,6 +40,7 @@ class Promises:
 
     def committed(self, inode: int, index: int, chunk: int) -> None:
         """A client was told that the file has this chunk there."""
+        self.located(inode, index, chunk)
         self._places[inode, index] = chunk
 
     def located(self, inode: int, index: int, chunk: int) -> None:
@@ -84,9 +85,12 @@ class Promises:
                 self._has_all(row, disk.server, copy)
 
     def check_all(self) -> None:
-        """Of every chunk."""
+        """Of every chunk; and every file has the chunks that it had."""
         for chunk in self.written:
             self.check(chunk)
+        for inode, index in self._places:
+            entry = self._truth.get(model.map_key(inode, index))
+            self.located(inode, index, entry.chunk if isinstance(entry, model.MapEntry) else 0)
 
     def _row(self, chunk: int) -> ChunkRow | None:
         row = read.chunk(self._truth, chunk)
@@ -102,6 +106,14 @@ class Promises:
         must(not missing, f"{name} lacks the acknowledged writes {sorted(missing)}")
 
     # --- orders
+
+    def fenced_at(self, server: bytes) -> int:
+        """The highest term that it has acknowledged."""
+        return self._fenced.get(server, 0)
+
+    def condemned(self, chunk: int) -> list[bytes]:
+        """The servers whose copies a committed entry has given up."""
+        return sorted(server for at, _, server in self._dropped if at == chunk)
 
     def fenced(self, server: bytes, term: int) -> None:
         """The server has acknowledged this term to its leader."""

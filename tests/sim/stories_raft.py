@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STORIES = ("deposed leader read", "last word", "snapshot overtaken", "everybody replaced")
 FAULTS = 4  # of the usual ones, in whose place a story is told
-_SHARE = 0.35
+_SHARE = 0.5
 _LIMIT_S = 4.0  # what a story waits for and has not come by then does not come
 _LOOK_S = 0.003
 _NO_ELECTION_S = 0.25  # so long nobody misses a leader

@@ -9,9 +9,11 @@ import pytest
 
 from tests.sim.__main__ import many, outcome
 from tests.sim.faults import EFFECTS, KINDS
-from tests.sim.mutants import IN_THE_SUITE, MUTANTS, finding
+from tests.sim.mutants import DATA, IN_THE_SUITE, MUTANTS, finding
 from tests.sim.planted import first_finding
-from tests.sim.stories_raft import STORIES
+from tests.sim.stories_data import STORIES as DATA_STORIES
+from tests.sim.stories_data import seeds
+from tests.sim.stories_raft import STORIES as RAFT_STORIES
 
 SEEDS = int(os.environ.get("RAFTFS_SIM_SEEDS", "300"))
 _SLICE = 10
@@ -27,7 +29,9 @@ def test_no_promise_is_broken(first: int) -> None:
         _happened.update(acked=one.acked, reads=one.reads)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *EFFECTS, *STORIES])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *EFFECTS, *RAFT_STORIES, *(s.__name__ for s in DATA_STORIES)]
+)
 def test_each_kind_of_fault_has_happened(kind: str) -> None:
     """In the stories above, while operations were acknowledged; else they would prove nothing."""
     if not _happened:
@@ -60,7 +64,8 @@ def test_a_finding_ends_with_the_line_that_repeats_it(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", IN_THE_SUITE)
 def test_a_planted_fault_is_found(name: str) -> None:
-    assert first_finding(MUTANTS[name], finding, range(50)), f"{name}: not found"
+    where = seeds(0, 50) if name in DATA else range(50)
+    assert first_finding(MUTANTS[name], finding, where), f"{name}: not found"
 
 
 @pytest.mark.parametrize("name", [n for n in MUTANTS if n not in IN_THE_SUITE])

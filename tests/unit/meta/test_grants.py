@@ -212,6 +212,44 @@ def test_doubtful_copies_alone_wait_for_a_sure_one_and_one_of_all_is_chosen() ->
         (chosen,) = grants.locations(row, "host")
         held = world.servers[chosen.port].copies[first.chunk]
         assert world.synced[first.chunk] <= held.writes and not held.doubtful
+def test_a_grant_that_finds_no_copy_leaves_no_lock_behind() -> None:
+    """Its writer learns nothing of the grant, so it could never end it."""
+
+    async def story() -> None:
+        world = World(6, servers=3, goal=2)
+        first = await (await world.elect()).grant(world.session, ask(world))
+        world.write(first)
+        assert world.finish(first) == 0
+        grants = await world.elect()
+        world.loss = 1.0  # the servers look connected, and no order arrives
+        with pytest.raises(ReplyError) as error:
+            await grants.grant(world.session, ask(world))
+        assert error.value.status == Status.NO_COPIES
+        world.loss = 0.0
+        other = await grants.grant(world.new_session(), ask(world))
+        assert other.chunk == first.chunk and other.version > first.version
+        assert world.write(other) == []
+        world.check()
+
+    run(story())
+
+
+def test_a_grant_that_finds_no_copy_keeps_what_was_not_committed_yet() -> None:
+    """To unlock a chunk that is not born would remove it, with what its writer was promised."""
+
+    async def story() -> None:
+        world = World(6, servers=3, goal=2)
+        grants = await world.elect()
+        first = await grants.grant(world.session, ask(world))
+        world.write(first)
+        world.report()
+        world.loss = 1.0
+        with pytest.raises(ReplyError) as error:
+            await grants.grant(world.session, ask(world, acked=True))
+        assert error.value.status == Status.NO_COPIES
+        world.loss = 0.0
+        again = await grants.grant(world.session, ask(world, acked=True))
+        assert again.chunk == first.chunk and world.acked[first.chunk]
         world.check()
 
     run(story())

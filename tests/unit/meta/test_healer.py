@@ -100,6 +100,29 @@ def test_a_surplus_copy_goes_only_after_its_entry_and_only_one() -> None:
     asyncio.run(story())
 
 
+def test_no_copy_is_given_up_while_the_others_do_not_answer() -> None:
+    """A server that has just died still looks connected, and its copy counts."""
+
+    async def story() -> None:
+        world = Recorded(servers=4, goal=2)
+        chunk = await written(world)
+        world.apply(0, 0, ops.SetGoal(world.inode, 0, 1))
+        there = holders(world, chunk)
+        for number in there:
+            world.servers[number].up = False  # and nobody has noticed
+        await healed(world, lambda h: asyncio.sleep(0.8))
+        assert world.of(ops.DropCopy) == []
+        for number in there:
+            world.servers[number].up = True
+        await healed(world, lambda h: until(lambda: len(holders(world, chunk)) == 1))
+        (dropped,) = world.of(ops.DropCopy)
+        asked = [at for at in world.of(m.NewTerm) if at < dropped]
+        kept = holders(world, chunk)[0]
+        assert world.story[asked[-1]][0] == kept, "the one that stays was asked before"
+
+    asyncio.run(story())
+
+
 def test_nothing_is_destroyed_while_a_writer_holds_the_chunk() -> None:
     async def story() -> None:
         world = Recorded(servers=4, goal=3)

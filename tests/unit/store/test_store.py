@@ -216,6 +216,22 @@ def test_a_row_that_rots_is_found_by_an_audit(d: Driver) -> None:
         audited(d.store)
 
 
+@pytest.mark.parametrize("how", ["get", "scan"])
+def test_whoever_meets_a_row_that_is_none_any_more_finds_damage(d: Driver, how: str) -> None:
+    d.create(b"a")
+    d.checkpoint()
+    with d.store._env.begin(write=True) as txn, txn.cursor() as cursor:
+        assert cursor.set_range(b"E")
+        key = cursor.key()
+        cursor.put(key, b"\xc1")  # which no MessagePack begins with
+    d.store.close()
+    store = MetaStore(d.path)
+    with pytest.raises(StateDiffers, match="is damaged"):
+        _ = store.get(key) if how == "get" else list(store.scan(key[:1]))
+    assert store.damage is not None, "so that the master stops"
+    store.close()
+
+
 def test_entries_come_in_order(d: Driver) -> None:
     with pytest.raises(InvariantError):
         d.store.apply_entry(d.store.applied[0] + 2, 1, b"")
