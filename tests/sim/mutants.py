@@ -144,7 +144,7 @@ DATA: dict[str, Planted] = {
         Grants, "_raise", ("complete = len(raised) == len(servers)", "complete = True")
     ),
     "stale copies count": edited(
-        healing, "good", (" if committed <= v <= max(committed, reserved)", "")
+        healing, "_current", (" if committed <= v <= max(committed, reserved)", "")
     ),
     "surplus copies go without being condemned": edited(
         Healer, "_give_up_one",
