@@ -41,6 +41,7 @@ class Client:
         self.meta: MetaClient
         self._led: dict[Link, None] = {}
         self.files = FileUser(self)
+        self.leaving = False
 
     def start(self) -> "asyncio.Task[None]":
         """Work until the story ends."""
@@ -63,10 +64,12 @@ class Client:
         await self.meta.start(_FOR_EVER_S)
 
     async def _leave(self) -> None:
+        self.leaving = True
         await self.meta.call(m.EndMySession())  # and with it what it has locked
 
     def _forgotten(self) -> None:
-        must(False, f"{self.name}'s session is gone")
+        # One that is leaving asks again if the answer to its leave was lost; then it is gone.
+        must(self.leaving, f"{self.name}'s session is gone")
 
     async def _one(self) -> None:
         kind = self.chance.random()

@@ -63,10 +63,16 @@ class Invariants:
             self._complete(who, core)
 
     def _complete(self, who: str, core: Any) -> None:
-        """Leader completeness: whoever is elected has everything that was committed."""
-        journal = core.journal
-        must(journal.last_index >= self.committed, f"leader {who} lacks committed entries")
-        for index in range(max(journal.first_index, 1), self.committed + 1):
+        """Leader completeness: whoever is elected has everything that older terms committed.
+
+        Of its own term nothing yet, and of newer ones nothing ever: who was suspended may count its
+        last vote when another one leads already.
+        """
+        journal, needed = core.journal, self.committed
+        while needed and needed in self.log and self.log[needed][0] >= core.term:
+            needed -= 1
+        must(journal.last_index >= needed, f"leader {who} lacks committed entries")
+        for index in range(max(journal.first_index, 1), needed + 1):
             if index in self.log:
                 same = journal.term_at(index) == self.log[index][0]
                 must(same, f"leader {who} has another entry {index}")

@@ -551,7 +551,7 @@ class SafeSyncObj(SyncObj):  # type: ignore[misc]
         able = [n for n in self.voters if n in self.connected and to in ("", n.id)]
         if self.state != LEADER or not able:
             return None
-        return max(able, key=lambda n: self.match_index.get(n, 0))
+        return max(able, key=lambda n: (self.match_index.get(n, 0), n.id))
 
     def caught_up(self, node: Node) -> bool:
         """Leader: it has the whole log, so that nobody would refuse it a vote."""
