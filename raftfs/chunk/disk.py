@@ -40,6 +40,7 @@ class Disk:
     def __init__(self, path: Path, *, leave_free: int = DISK_LEAVE_FREE) -> None:
         """UserError if the folder cannot be used, is in use, or its label is no good."""
         self.path = path
+        self.used_at = 0.0  # when a client's request came last (monotonic)
         self._leave_free = leave_free
         self._label_lock = threading.Lock()
         try:
@@ -137,15 +138,27 @@ class Disk:
     # --- files
 
     def copies(self) -> Iterator[tuple[int, int]]:
-        """Chunk and version of every file, by name alone; unfinished replications are removed."""
+        """Chunk and version of every file, by name alone; unfinished replications are removed.
+
+        Files under names that cannot be theirs are left for `strangers.py`.
+        """
         for name in _FOLDERS:
             with contextlib.suppress(FileNotFoundError), os.scandir(self.path / name) as entries:
                 for entry in entries:
                     found = layout.parse_name(entry.name)
-                    if found is not None:
+                    if found is not None and layout.folder_of(found[0]) == name:
                         yield found
                     elif entry.name.endswith(layout.PART_SUFFIX):
                         os.unlink(entry.path)
+
+    def files(self) -> Iterator[Path]:
+        """Every file in the chunks' folders, whatever its name; no unfinished replications."""
+        for name in _FOLDERS:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path / name) as entries:
+                for entry in entries:
+                    whole = not entry.name.endswith(layout.PART_SUFFIX)
+                    if whole and entry.is_file(follow_symlinks=False):
+                        yield Path(entry.path)
 
     def space(self) -> tuple[int, int]:
         """Bytes in all and bytes used of the disk's file system. OSError if the disk is gone."""

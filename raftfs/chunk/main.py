@@ -12,6 +12,7 @@ import structlog
 from raftfs import daemon
 from raftfs.chunk.disk import Disk
 from raftfs.chunk.masterlink import MasterLinks
+from raftfs.chunk.scrub import DEFAULT_MIB_S, MIB_S_MAX, Scrubber
 from raftfs.chunk.server import DataServer
 from raftfs.chunk.store import ChunkStore
 from raftfs.const import PORT_CHUNK_DATA, PORT_CHUNKSERVERS
@@ -35,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
                    help="address under which clients reach this server (default: found out)")
     p.add_argument("--key", type=Path, default=Path("/etc/raftfs/cluster.key"), metavar="FILE",
                    help="the cluster key (default: %(default)s)")
+    p.add_argument("--scrub-mib-s", type=float, default=DEFAULT_MIB_S, metavar="N",
+                   help="MiB that the scrub reads of each disk in a second, 0: none "
+                   "(default: %(default)s)")
     p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return p  # fmt: skip
 
@@ -71,15 +75,21 @@ def _own_address(masters: list[tuple[str, int]]) -> str:
 async def serve(args: argparse.Namespace, stop: daemon.Stop) -> None:
     """Run a chunkserver until `stop` is set."""
     masters = parse_masters(args.masters)
+    if not 0 <= args.scrub_mib_s <= MIB_S_MAX:
+        raise UserError(f"--scrub-mib-s {args.scrub_mib_s:g}: must be 0 to {MIB_S_MAX:g}")
     key = ClusterKey.load(args.key)
     announce = args.announce or _own_address(masters)
     store = ChunkStore(open_disks(args.hdd))
     try:
         server = DataServer(store, args.listen, args.port)
+        scrubber = Scrubber(store, args.scrub_mib_s)
         try:
-            await _serve(store, server, MasterLinks(store, masters, (announce, server.port), key),
-                         stop)  # fmt: skip
+            links = MasterLinks(store, masters, (announce, server.port), key,
+                                scrubber.disk_statuses)  # fmt: skip
+            scrubber.start()
+            await _serve(store, server, links, stop)
         finally:
+            await asyncio.to_thread(scrubber.stop)
             await asyncio.to_thread(server.close)
     finally:
         await asyncio.to_thread(store.close)

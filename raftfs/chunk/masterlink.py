@@ -13,6 +13,7 @@ FETCH_THREADS for replications.
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -52,7 +53,9 @@ class MasterLinks:
         masters: list[tuple[str, int]],
         announce: tuple[str, int],
         key: ClusterKey,
+        disks: Callable[[], list[m.DiskStatus]] = list,
     ) -> None:
+        self._disks = disks
         self._store = store
         self._masters = list(masters)
         self._announce = announce
@@ -97,11 +100,13 @@ class MasterLinks:
     # --- reports
 
     def _report(
-        self, made: list[m.CopyId], gone: list[m.CopyId], damaged: list[m.CopyId]
+        self, made: list[m.CopyId], gone: list[m.CopyId], damaged: list[m.Damage]
     ) -> None:
         """Called by any thread, at the change, under the copy's lock."""
+        copies = [m.CopyId(d.chunk, d.version) for d in damaged]
+        stories = tuple(damaged)
         with suppress(RuntimeError):  # the loop has ended: nobody is told any more
-            self._loop.call_soon_threadsafe(self._tell, m.Changed(made, gone, damaged))
+            self._loop.call_soon_threadsafe(self._tell, m.Changed(made, gone, copies, stories))
 
     def _tell(self, change: m.Changed) -> None:
         for pending in self._pending.values():
@@ -173,6 +178,10 @@ class MasterLinks:
         for start in range(0, len(copies), _REPORT_SLICE):
             part = copies[start : start + _REPORT_SLICE]
             await link.call(m.Copies(part), _CALL_TIMEOUT_S)
+        damages = await asyncio.to_thread(store.damages)
+        for start in range(0, len(damages), _REPORT_SLICE):
+            stories = tuple(damages[start : start + _REPORT_SLICE])
+            await link.call(m.Copies([], stories), _CALL_TIMEOUT_S)
         await link.call(await self._measure(), _CALL_TIMEOUT_S)
         # no await from here until the link is among those that are told of changes
         for change in self._pending.pop(link):
@@ -186,7 +195,8 @@ class MasterLinks:
             return self._space
         self._space_at = time.monotonic()  # several links: one of them measures
         total, used = await asyncio.to_thread(self._store.space)
-        self._space = m.Space(total, used, len(self._store))
+        disks = await asyncio.to_thread(self._disks)
+        self._space = m.Space(total, used, len(self._store), tuple(disks))
         return self._space
 
     async def _heartbeat(self, link: Link) -> None:
@@ -235,11 +245,15 @@ class MasterLinks:
         await done.wait()  # ends: effects are system calls on copies, nothing remote
         log.info("term announced", term=term)
 
-    def _obey(self, order: m.RaiseVersion | m.Destroy) -> None:
+    def _obey(self, order: m.RaiseVersion | m.Destroy | m.SetAside | m.Confirm) -> None:
         """In a thread. Whatever it changed has been queued for report when this returns."""
         with self._gate.effect(order.term):
             if isinstance(order, m.RaiseVersion):
                 self._store.raise_version(order.chunk, order.version, order.lock)
+            elif isinstance(order, m.SetAside):
+                self._store.set_aside(order.chunk, order.version)
+            elif isinstance(order, m.Confirm):
+                self._store.confirm(order.chunk, order.version)
             else:
                 self._store.destroy(order.chunk, order.version)
 

@@ -5,17 +5,21 @@ Thread-safe: a copy's own lock serialises what happens to its file (see also `ta
 What changes a copy's existence or version is reported (`report`) while the copy's lock is held, so
 that reports of one chunk are in the order of its changes.
 
-A copy that turns out damaged leaves the store at once: its file is moved aside (`.damaged` is
-appended to the name) and the masters are told.
+A copy that turns out damaged does not count from then on, also after a restart: the masters are
+told its story. It stays where it is, and its good blocks can be read, until the leader knows of a
+good copy elsewhere (`set_aside`), or one was fetched; then it goes to the quarantine.
 
 A copy is deleted by a Destroy order, or when a newer one of its chunk, just verified, has taken
 its place; by nothing else (an empty file, of a stop while it was made, is no copy).
 """
 
 import errno
+import os
 import random
 import threading
+import time
 import uuid
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,11 +31,12 @@ from raftfs.chunk.chunkfile import DamageError, UnfinishedError
 from raftfs.chunk.copyfile import Copy
 from raftfs.chunk.disk import Disk
 from raftfs.chunk.door import FileDoor
+from raftfs.chunk.quarantine import Quarantine
 from raftfs.chunk.tables import IDLE_S, OPEN_FILES_MAX, CopyTable
 from raftfs.const import BLOCK_SIZE, CHUNK_SIZE, DATA_PAYLOAD_MAX
 from raftfs.errors import ReplyError, Status, UserError
 from raftfs.wire.frame import piece_crcs
-from raftfs.wire.messages import CopyId
+from raftfs.wire.messages import CopyId, Damage
 
 log = structlog.get_logger("raftfs.chunkstore")
 
@@ -40,7 +45,7 @@ READ_BUFFER = DATA_PAYLOAD_MAX + 2 * BLOCK_SIZE
 _NO_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 
 # made, gone, damaged: what the masters are told. Called by any thread; must not block.
-Report = Callable[[list[CopyId], list[CopyId], list[CopyId]], None]
+Report = Callable[[list[CopyId], list[CopyId], list[Damage]], None]
 
 
 class ChunkStore:
@@ -61,6 +66,7 @@ class ChunkStore:
         self._draw = draw
         self._join_lock = threading.Lock()
         self._table = CopyTable(disks, self.door, open_files_max, self._io_failed)
+        self._quarantines = [Quarantine(disk.path, self.door) for disk in disks]
         self.server: bytes = self._agree("server") or uuid.uuid4().bytes
         self.cluster: bytes = self._agree("cluster")
         for number, disk in enumerate(disks):
@@ -68,6 +74,12 @@ class ChunkStore:
                 disk.claim(self.server, self.cluster)
             for chunk, version in disk.copies():
                 self._found(chunk, version, number)
+        for number, quarantine in enumerate(self._quarantines):
+            for story in quarantine.in_place():
+                if self._table.place_of(story.chunk) == (story.version, number):
+                    self._table.damage(story.chunk, story)
+                else:
+                    quarantine.forget(story.chunk, story.version)
 
     def _agree(self, what: str) -> bytes:
         found = {d.label[what]: d.path for d in self._disks if d.label[what]}
@@ -80,16 +92,34 @@ class ChunkStore:
 
     def _found(self, chunk: int, version: int, number: int) -> None:
         """At start. Two files of one chunk are what a stop left of a replication over an older
-        copy: the newer was whole before it got its name, so the older is superseded.
+        copy: the newer was whole before it got its name, so the older is superseded. Unless one of
+        them is another chunk's, whose name has rotted; `strangers.py` will find it.
         """
         known = self._table.place_of(chunk)
         places = sorted([(version, number), *([known] if known else [])])
-        self._table.put(chunk, *places[-1])
-        if known:
-            old_version, old_disk = places[0]
-            path = self._disks[old_disk].path / layout.file_name(chunk, old_version)
-            log.warning("superseded copy moved aside", file=str(path), kept=places[1][0])
-            self._move_aside(path)
+        true = [p for p in places if len(places) > 1 and self._is_named_right(chunk, *p)] or places
+        self._table.put(chunk, *true[-1])
+        if len(true) > 1:
+            self._supersede_found(chunk, *true)
+
+    def _is_named_right(self, chunk: int, version: int, number: int) -> bool:
+        copy = Copy(self._disks[number], self.door, chunk, version)
+        try:
+            copy.check_name()
+        except (DamageError, UnfinishedError, OSError) as e:
+            log.warning("name and header differ", file=str(copy.path), reason=str(e))
+            return False
+        return True
+
+    def _supersede_found(self, chunk: int, old: tuple[int, int], new: tuple[int, int]) -> None:
+        path = self._disks[old[1]].path / layout.file_name(chunk, old[0])
+        log.warning("superseded copy set aside", file=str(path), kept=new[0])
+        story = Damage(chunk, old[0], str(self._disks[old[1]].path), "file", -1, str(new[0]),
+                       str(old[0]), "start", int(time.time()), "a newer copy was here")  # fmt: skip
+        try:
+            self._quarantines[old[1]].take(path, story)
+        except OSError as e:
+            log.error("superseded copy not set aside", file=str(path), reason=str(e))
 
     # --- the server's identity
 
@@ -131,8 +161,12 @@ class ChunkStore:
         return self._table.copies()
 
     def version_of(self, chunk: int) -> int | None:
-        """The version of the copy, if there is one."""
-        return self._table.version_of(chunk)
+        """The version of the copy, if there is a good one."""
+        return None if self._table.damage_of(chunk) else self._table.version_of(chunk)
+
+    def damages(self) -> list[Damage]:
+        """The stories of all copies that are damaged and still in their place."""
+        return self._table.damages()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -152,12 +186,16 @@ class ChunkStore:
     # --- having a copy in hand
 
     @contextmanager
-    def _held(self, chunk: int, version: int | None, *, create: bool = False) -> Iterator[Copy]:
-        """The open copy under its lock.
+    def _held(
+        self, chunk: int, version: int | None, by: str, *, create: bool = False
+    ) -> Iterator[Copy]:
+        """The open copy under its lock. `by`: as in `Damage.found_by`; a read may have a damaged
+        one.
 
-        ReplyError: NO_CHUNK, WRONG_VERSION, BAD_CRC (and the copy is moved aside), ENOSPC,
+        ReplyError: NO_CHUNK, WRONG_VERSION, BAD_CRC (and the copy counts no more), ENOSPC,
         DISK_ERROR.
         """
+        unused = by == "scrub" and not self._table.is_active(chunk)
         copy = self._table.enter(chunk)
         if copy is None:
             if not create or version is None:
@@ -165,26 +203,34 @@ class ChunkStore:
             copy = self._create(chunk, version)
         try:
             with copy.lock:
-                if copy.gone:
-                    raise ReplyError(Status.NO_CHUNK)
-                if version is not None and copy.version != version:
-                    raise ReplyError(Status.WRONG_VERSION)
+                self._check_usable(copy, version, by)
                 try:
                     copy.open(self.cluster)
                     yield copy
                 except DamageError as e:
-                    self._quarantine(copy, str(e))
+                    self._found_damaged(copy, by, e)
                     raise ReplyError(Status.BAD_CRC) from None
                 except UnfinishedError:
                     self._forget_unfinished(copy)
                     raise ReplyError(Status.NO_CHUNK) from None
                 except FileNotFoundError:
-                    self._quarantine(copy, "the file is missing")
+                    self._found_damaged(copy, by, DamageError("file", "the file is missing"))
                     raise ReplyError(Status.NO_CHUNK) from None
                 except OSError as e:
-                    raise self._io_failed(copy, e) from e
+                    raise self._io_failed(copy, e, by) from e
         finally:
-            self._table.leave(copy)
+            if by != "scrub":
+                copy.disk.used_at = time.monotonic()
+            (self._table.put_down if unused else self._table.leave)(copy)
+
+    def _check_usable(self, copy: Copy, version: int | None, by: str) -> None:
+        if copy.gone:
+            raise ReplyError(Status.NO_CHUNK)
+        if version is not None and copy.version != version:
+            raise ReplyError(Status.WRONG_VERSION)
+        story = self._table.damage_of(copy.chunk)
+        if story is not None and by != "read":
+            raise ReplyError(Status.DISK_ERROR if story.part == "disk" else Status.BAD_CRC)
 
     def _create(self, chunk: int, version: int) -> Copy:
         """A new copy, in use by the caller."""
@@ -203,7 +249,7 @@ class ChunkStore:
                 self._table.drop(copy)
                 with suppress(OSError):
                     self.door.unlink(copy.path)
-                raise self._io_failed(copy, e) from e
+                raise self._io_failed(copy, e, "write") from e
             self.report([CopyId(chunk, version)], [], [])
         return copy
 
@@ -220,13 +266,54 @@ class ChunkStore:
 
     # --- when something is wrong
 
-    def _quarantine(self, copy: Copy, reason: str) -> None:
-        log.error("copy damaged", chunk=f"{copy.chunk:016X}", version=copy.version,
-                  server=self.server.hex(), disk=str(copy.disk.path), reason=reason)  # fmt: skip
-        self._table.drop(copy)
+    def _found_damaged(self, copy: Copy, by: str, e: DamageError) -> None:
+        """The copy does not count from now on. It stays, unless its file is another's or gone."""
+        story = Damage(copy.chunk, copy.version, str(copy.disk.path), e.part, e.block, e.expected,
+                       e.found, by, int(time.time()), str(e))  # fmt: skip
         copy.abandon()
-        self._move_aside(copy.path)
-        self.report([], [], [CopyId(copy.chunk, copy.version)])
+        if e.part in ("name", "file"):
+            self._quarantine_of(copy).forget(copy.chunk, copy.version)
+            self._table.drop(copy)
+        elif self._table.damage(copy.chunk, story):
+            try:
+                self._quarantine_of(copy).note(story)
+            except OSError as error:  # it counts again after a restart, until it is read again
+                log.error("story not written", disk=story.disk, reason=str(error))
+        else:
+            return
+        log.error("copy damaged", chunk=f"{copy.chunk:016X}", version=copy.version,
+                  server=self.server.hex(), disk=story.disk, part=e.part, block=e.block,
+                  expected=e.expected, found=e.found, found_by=by, reason=str(e))  # fmt: skip
+        self.report([], [], [story])
+
+    def _quarantine_of(self, copy: Copy) -> Quarantine:
+        return self._quarantines[self._disks.index(copy.disk)]
+
+    def set_aside(self, chunk: int, version: int) -> None:
+        """A damaged copy goes to the quarantine: a good one is known elsewhere. A good one stays.
+        ReplyError DISK_ERROR.
+        """
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return
+        try:
+            with copy.lock:
+                story = self._table.damage_of(chunk)
+                if copy.gone or copy.version != version or story is None:
+                    return
+                copy.abandon()
+                try:
+                    kept = self._quarantine_of(copy).take(copy.path, story)
+                    log.info("damaged copy set aside", chunk=f"{chunk:016X}", file=str(kept))
+                except FileNotFoundError:
+                    log.warning("damaged copy is gone", file=str(copy.path))
+                except OSError as e:
+                    log.error("damaged copy not set aside", file=str(copy.path), reason=str(e))
+                    raise ReplyError(Status.DISK_ERROR) from e
+                self._table.drop(copy)
+                self.report([], [CopyId(chunk, version)], [])
+        finally:
+            self._table.leave(copy)
 
     def _forget_unfinished(self, copy: Copy) -> None:
         log.info("unfinished copy removed", chunk=f"{copy.chunk:016X}", version=copy.version)
@@ -236,15 +323,7 @@ class ChunkStore:
             self.door.sync_folder(copy.path.parent)
         self.report([], [CopyId(copy.chunk, copy.version)], [])
 
-    def _move_aside(self, path: Path) -> None:
-        """Keep a file that is not to be used, under another name, for the administrator."""
-        try:
-            self.door.rename(path, path.with_name(path.name + layout.DAMAGED_SUFFIX))
-            self.door.sync_folder(path.parent)
-        except OSError as e:
-            log.error("damaged copy not moved aside", file=str(path), reason=str(e))
-
-    def _io_failed(self, copy: Copy, error: OSError) -> ReplyError:
+    def _io_failed(self, copy: Copy, error: OSError, by: str = "rest") -> ReplyError:
         """What the caller is told. The copy's memory is dropped, as by a stop."""
         copy.abandon()
         if error.errno in _NO_FAULT:
@@ -255,8 +334,12 @@ class ChunkStore:
         log.error("disk error", chunk=f"{copy.chunk:016X}", version=copy.version,
                   server=self.server.hex(), disk=str(copy.disk.path),
                   reason=str(error))  # fmt: skip
-        if self._table.fail(copy):
-            self.report([], [], [CopyId(copy.chunk, copy.version)])
+        number = error.errno or errno.EIO
+        story = Damage(copy.chunk, copy.version, str(copy.disk.path), "disk", -1, "",
+                       errno.errorcode.get(number, str(number)), by, int(time.time()),
+                       os.strerror(number))  # fmt: skip
+        if not copy.gone and self._table.damage(copy.chunk, story):
+            self.report([], [], [story])
         return ReplyError(Status.DISK_ERROR)
 
     # --- data
@@ -273,7 +356,7 @@ class ChunkStore:
         if piece_crcs(offset, data) != crcs:
             log.warning("data arrived damaged", chunk=f"{chunk:016X}", offset=offset)
             raise ReplyError(Status.BAD_CRC)
-        with self._held(chunk, version, create=create) as copy:
+        with self._held(chunk, version, "write", create=create) as copy:
             copy.write(offset, data, crcs, token)
 
     def zero(
@@ -281,12 +364,12 @@ class ChunkStore:
     ) -> None:
         """Make a range read as zeros, under a grant's token."""
         _check_range(offset, length, token, CHUNK_SIZE)
-        with self._held(chunk, version, create=create) as copy:
+        with self._held(chunk, version, "write", create=create) as copy:
             copy.zero(offset, length, token)
 
     def sync(self, chunk: int, version: int) -> None:
         """The copy and its name are on the disk when this returns."""
-        with self._held(chunk, version) as copy:
+        with self._held(chunk, version, "write") as copy:
             copy.sync()
 
     def read(
@@ -297,12 +380,12 @@ class ChunkStore:
         if into is None:
             first, last = layout.block_span(offset, length)
             into = memoryview(bytearray((last - first + 1) * BLOCK_SIZE))
-        with self._held(chunk, version) as copy:
+        with self._held(chunk, version, "read") as copy:
             return copy.read(offset, length, into)
 
     def block_list(self, chunk: int, version: int) -> bytes:
         """CRC table and bitmap of the copy, as `ListBlocks` asks."""
-        with self._held(chunk, version) as copy:
+        with self._held(chunk, version, "order") as copy:
             return copy.block_list()
 
     # --- orders
@@ -312,7 +395,7 @@ class ChunkStore:
         already.
         """
         _check_ids(chunk, version)
-        with self._held(chunk, None) as copy:
+        with self._held(chunk, None, "order") as copy:
             old = copy.version
             if old > version:
                 raise ReplyError(Status.WRONG_VERSION)
@@ -327,6 +410,11 @@ class ChunkStore:
                 if copy.version != old:  # the name is the truth, whatever failed after it
                     self._table.raised(copy)
                     self.report([CopyId(chunk, version)], [CopyId(chunk, old)], [])
+
+    def confirm(self, chunk: int, version: int) -> None:
+        """ReplyError unless there is a good copy at exactly this version, as its header says."""
+        with self._held(chunk, version, "order") as copy:
+            copy.check_head()
 
     def destroy(self, chunk: int, version: int) -> None:
         """Destroy the copy at exactly this version (0: any). Absent counts as done.
@@ -346,7 +434,8 @@ class ChunkStore:
                     self.door.unlink(copy.path)
                     self.door.sync_folder(copy.path.parent)
                 except OSError as e:
-                    raise self._io_failed(copy, e) from e
+                    raise self._io_failed(copy, e, "order") from e
+                self._quarantine_of(copy).forget(chunk, copy.version)
                 self._table.drop(copy)
                 self.report([], [CopyId(chunk, copy.version)], [])
         finally:
@@ -364,6 +453,8 @@ class ChunkStore:
         WRONG_VERSION if there is one at this version or a newer one; BUSY; OSError.
         """
         number = self._disks.index(disk)
+        if (story := self._table.damage_of(chunk)) is not None:
+            self.set_aside(chunk, story.version)  # whoever adopts has a good copy in hand
         new = Copy(disk, self.door, chunk, version)
         old = self._table.enter(chunk)
         try:
@@ -403,6 +494,56 @@ class ChunkStore:
         except OSError as e:  # found, and moved aside, at the next start
             log.error("superseded copy not removed", file=str(old.path), reason=str(e))
         self.report([CopyId(old.chunk, version)], [CopyId(old.chunk, old.version)], [])
+
+    # --- the scrub's side
+
+    def disks(self) -> list[Disk]:
+        """The disks, by number."""
+        return list(self._disks)
+
+    def quarantines(self) -> list[Quarantine]:
+        """The disks' quarantines, by number of the disk."""
+        return list(self._quarantines)
+
+    def chunks_on(self, number: int, after: int) -> "array[int]":
+        """The chunks of a disk's copies beyond one, ascending."""
+        return self._table.chunks_on(number, after)
+
+    def path_of(self, chunk: int) -> Path | None:
+        """Where the copy's file should be; damaged or not."""
+        place = self._table.place_of(chunk)
+        return place and self._disks[place[1]].path / layout.file_name(chunk, place[0])
+
+    def settled_path(self, chunk: int) -> Path | None:
+        """As `path_of`, after whatever is being done with the copy just now."""
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return None
+        try:
+            with copy.lock:
+                return None if copy.gone else copy.path
+        finally:
+            self._table.leave(copy)
+
+    def copies_on(self, number: int) -> int:
+        """How many copies a disk has."""
+        return self._table.count_on(number)
+
+    def verify(self, chunk: int, first: int, into: memoryview) -> tuple[int, int]:
+        """Header, table and as many blocks from `first` on as `into` has room for are what was
+        written: gives the block to go on with (0: that was all) and the bytes read.
+
+        ReplyErrors of `_held`; what is wrong has been noted and told. A copy that was found damaged
+        before is passed over.
+        """
+        if self._table.damage_of(chunk) is not None:
+            return 0, 0
+        cold = not self._table.is_active(chunk)
+        with self._held(chunk, None, "scrub") as copy:
+            if not cold:
+                copy.check_head()
+            further, read_bytes = copy.check_blocks(first, into, cold=cold)
+            return further, read_bytes + layout.DATA_OFFSET
 
     # --- housekeeping
 

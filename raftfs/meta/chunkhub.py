@@ -31,7 +31,10 @@ SERVERS_MAX = 1_000
 
 
 class ChunkServer:
-    """One chunkserver as this master sees it. `copies`: chunk -> version."""
+    """One chunkserver as this master sees it. `copies`: chunk -> version of the good ones.
+
+    `damaged`: those that do not count but are still in their places.
+    """
 
     def __init__(self, hello: m.ServerHello, link: Link) -> None:
         self.uuid = hello.server
@@ -42,6 +45,8 @@ class ChunkServer:
         self.total = self.used = 0
         self.suspect_until = 0.0
         self.copies: dict[int, int] = {}
+        self.damaged: dict[int, m.Damage] = {}
+        self.disks: tuple[m.DiskStatus, ...] = ()
 
     @property
     def connected(self) -> bool:
@@ -56,8 +61,9 @@ class ChunkServer:
     def status(self) -> m.ServerStatus:
         """For status messages."""
         return m.ServerStatus(
-            self.uuid, self.host, self.port, self.total, self.used, len(self.copies), self.connected
-        )
+            self.uuid, self.host, self.port, self.total, self.used, len(self.copies),
+            self.connected, self.disks,
+        )  # fmt: skip
 
 
 class ChunkHub:
@@ -79,6 +85,7 @@ class ChunkHub:
         self._tasks: set[asyncio.Task[None]] = set()
         self.servers: dict[bytes, ChunkServer] = {}
         self.where: dict[int, dict[bytes, int]] = {}
+        self.damaged: dict[int, set[bytes]] = {}  # chunk -> servers with a damaged copy
 
     @property
     def term(self) -> int:
@@ -98,12 +105,13 @@ class ChunkHub:
             raise RaftfsError("a newer connection of this chunkserver took over")
         if isinstance(event, m.Copies):
             self._made(server, event.copies)
+            self._note_damaged(server, event.damaged)
         elif isinstance(event, m.Ready):
             self._ready(server)
         elif isinstance(event, m.Changed):
             self._changed(server, event)
         elif isinstance(event, m.Space):
-            server.total, server.used = event.total, event.used
+            server.total, server.used, server.disks = event.total, event.used, event.disks
             return self._masters()
         return None
 
@@ -146,12 +154,15 @@ class ChunkHub:
         copies, server.copies = server.copies, {}
         for chunk in copies:
             self._gone(server.uuid, chunk)
+        for chunk in list(server.damaged):
+            self._mended(server, chunk)
         self._on_change(copies)
 
     # --- copies
 
     def _made(self, server: ChunkServer, copies: Iterable[m.CopyId]) -> None:
         for copy in copies:
+            self._mended(server, copy.chunk)
             server.copies[copy.chunk] = copy.version
             self.where.setdefault(copy.chunk, {})[server.uuid] = copy.version
 
@@ -167,13 +178,44 @@ class ChunkHub:
             if server.copies.get(copy.chunk) == copy.version:
                 del server.copies[copy.chunk]
                 self._gone(server.uuid, copy.chunk)
-        for copy in event.damaged:
+            self._mended(server, copy.chunk)
+        for story in event.stories:
             log.warning(
-                "copy damaged", chunk=f"{copy.chunk:016X}", server=server.uuid.hex(),
-                address=_address(server),
+                "copy damaged", chunk=f"{story.chunk:016X}", version=story.version,
+                server=server.uuid.hex(), address=_address(server), disk=story.disk,
+                part=story.part, block=story.block, expected=story.expected, found=story.found,
+                found_by=story.found_by, reason=story.text,
             )  # fmt: skip
+        self._note_damaged(server, event.stories)
         self._made(server, event.made)
         self._on_change({c.chunk for c in (*event.made, *event.gone, *event.damaged)})
+
+    def _note_damaged(self, server: ChunkServer, stories: Iterable[m.Damage]) -> None:
+        for story in stories:
+            if story.part in ("name", "file"):
+                continue  # nothing of that chunk is there
+            server.damaged[story.chunk] = story
+            self.damaged.setdefault(story.chunk, set()).add(server.uuid)
+
+    def _mended(self, server: ChunkServer, chunk: int) -> None:
+        """Its damaged copy of the chunk is no longer there."""
+        if server.damaged.pop(chunk, None) is not None:
+            self.damaged[chunk].discard(server.uuid)
+            if not self.damaged[chunk]:
+                del self.damaged[chunk]
+
+    def damaged_of(self, chunk: int) -> dict[bytes, m.Damage]:
+        """Server -> story of the damaged copies that are still in their places."""
+        servers = (self.servers[uuid] for uuid in self.damaged.get(chunk, ()))
+        return {s.uuid: s.damaged[chunk] for s in servers if s.connected}
+
+    def holders(self, chunk: int, *, fenced: bool) -> dict[bytes, int]:
+        """As `copies_of`, with the damaged ones: for those who want all of them to go."""
+        found = self.copies_of(chunk, fenced=fenced)
+        for uuid, story in self.damaged_of(chunk).items():
+            if not fenced or self.is_fenced(self.servers[uuid]):
+                found.setdefault(uuid, story.version)
+        return found
 
     def note_copy(self, uuid: bytes, chunk: int, version: int) -> None:
         """An order succeeded: do not wait for the report that tells the same."""
@@ -247,7 +289,7 @@ class ChunkHub:
                 await asyncio.sleep(FENCE_RETRY_S)
                 continue
             server.fenced_term = term
-            self._on_change(server.copies)
+            self._on_change([*server.copies, *server.damaged])
 
     async def order(self, uuid: bytes, order: m.ChunkOrder) -> None:
         """Send an order and wait until it is done. ReplyError or LinkError if it is not."""

@@ -135,7 +135,16 @@ class Grants:
         chunk, length = read.file_chunk(self._rows, inode, index)
         if chunk is None:
             return m.ChunkMap(0, 0, length, [])
-        return m.ChunkMap(chunk.id, chunk.version, length, self.locations(chunk, reader_host))
+        copies = self.locations(chunk, reader_host) or self._damaged(chunk)
+        return m.ChunkMap(chunk.id, chunk.version, length, copies)
+
+    def _damaged(self, chunk: ChunkRow) -> list[m.Location]:
+        """Copies that are damaged, when there is no other: most of their blocks may be good, and
+        the servers give no others away.
+        """
+        versions = {u: s.version for u, s in self._hub.damaged_of(chunk.id).items()}
+        usable = good(chunk.version, chunk.reserved, versions, chunk.restored)
+        return [self._hub.location(uuid, version) for uuid, version in sorted(usable.items())]
 
     def locations(self, chunk: ChunkRow, reader_host: str) -> list[m.Location]:
         """The good copies of a chunk in the order in which a reader should try them."""

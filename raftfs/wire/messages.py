@@ -216,6 +216,7 @@ class ServerStatus(Record):
     used: int
     chunks: int
     connected: bool
+    disks: tuple["DiskStatus", ...] = ()
 
 
 class ReplicaStatus(Record):
@@ -320,6 +321,25 @@ class CopyId(Record):
     version: int
 
 
+class Damage(Record):
+    """The story of a copy that is not what was written: it no longer counts.
+
+    `part`: data, table, header, name, file (gone), disk (an I/O error). `block` -1: no one block.
+    `found_by`: read, write, order, scrub or start. `at`: seconds since the epoch.
+    """
+
+    chunk: int
+    version: int
+    disk: str
+    part: str
+    block: int
+    expected: str
+    found: str
+    found_by: str
+    at: int
+    text: str
+
+
 class ServerHello(Tagged, tag=1):
     """First event on the link; the full list of copies follows in `Copies`, closed by `Ready`.
 
@@ -336,9 +356,14 @@ class ServerHello(Tagged, tag=1):
 
 
 class Copies(Tagged, tag=2):
-    """A part of the full report, at most 10,000 copies. -> None."""
+    """A part of the full report, at most 10,000 copies. -> None.
+
+    `damaged`: copies that do not count; those that are still readable in part are kept until a
+    `SetAside`.
+    """
 
     copies: list[CopyId]
+    damaged: tuple[Damage, ...] = ()
 
 
 class Ready(Tagged, tag=3):
@@ -348,11 +373,49 @@ class Ready(Tagged, tag=3):
 class Changed(Tagged, tag=4):
     """Copies made, raised in version (the old id is in `gone`), destroyed or found damaged. ->
     None.
+
+    `stories`: of the damaged ones, in their order.
     """
 
     made: list[CopyId]
     gone: list[CopyId]
     damaged: list[CopyId]
+    stories: tuple[Damage, ...] = ()
+
+
+class ScrubStatus(Record):
+    """How far a disk's scrub is. Times in seconds since the epoch, 0: never.
+
+    `began`: the cycle under way, of which `progress` (0 to 1) is done; `last_*`: the last whole
+    one. `damaged`: copies that it found damaged since the server's start.
+    """
+
+    mib_s: float
+    began: int
+    progress: float
+    last_began: int
+    last_ended: int
+    damaged: int
+
+
+class DiskStatus(Record):
+    """A disk as its chunkserver sees it. `state`: good, damaged, removing or full.
+
+    `damaged`: copies that do not count, still in their places; `quarantined`: files set aside, and
+    their bytes. `evidence`: why the disk is damaged.
+    """
+
+    path: str
+    uuid: bytes
+    total: int
+    used: int
+    copies: int
+    state: str
+    damaged: int
+    quarantined: int
+    quarantined_bytes: int
+    scrub: ScrubStatus
+    evidence: str = ""
 
 
 class Space(Tagged, tag=5):
@@ -363,6 +426,7 @@ class Space(Tagged, tag=5):
     total: int
     used: int
     chunks: int
+    disks: tuple[DiskStatus, ...] = ()
 
 
 ChunkEvent = ServerHello | Copies | Ready | Changed | Space
@@ -410,7 +474,27 @@ class Replicate(Tagged, tag=35):
     port: int
 
 
-ChunkOrder = NewTerm | RaiseVersion | Destroy | Replicate
+class SetAside(Tagged, tag=48):
+    """Move a damaged copy to its disk's quarantine: a good one exists elsewhere. -> None; a copy
+    that is good or absent stays as it is.
+    """
+
+    term: int
+    chunk: int
+    version: int
+
+
+class Confirm(Tagged, tag=49):
+    """Look whether there is a good copy at exactly this version, its header included. -> None.
+    Asked of those that remain before another one is destroyed.
+    """
+
+    term: int
+    chunk: int
+    version: int
+
+
+ChunkOrder = NewTerm | RaiseVersion | Destroy | Replicate | SetAside | Confirm
 
 # ================================================================ data port (chunkserver, 9422)
 

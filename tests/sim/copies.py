@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from raftfs.const import CHUNK_SIZE, DISK_LEAVE_FREE
 from raftfs.errors import ReplyError, Status
-from raftfs.wire.messages import CopyId
+from raftfs.wire.messages import CopyId, Damage
 
 if TYPE_CHECKING:
     from tests.sim.promises import Promises
 
 _ROOM = 40 * CHUNK_SIZE + DISK_LEAVE_FREE
-Report = Callable[[list[CopyId], list[CopyId], list[CopyId]], None]
+Report = Callable[[list[CopyId], list[CopyId], list[Damage]], None]
 
 
 class Copy:
@@ -125,6 +125,14 @@ class CopyStore:
             self._law.seen["version raised"] += 1
             self.report([CopyId(chunk, version)], [CopyId(chunk, old)], [])
         self._law.copy_changed(self.server, chunk, copy)
+
+    def confirm(self, chunk: int, version: int) -> None:
+        """There is one at exactly this version."""
+        self._held(chunk, version)
+
+    def damages(self) -> list[Damage]:
+        """None is ever found damaged here."""
+        return []
 
     def destroy(self, chunk: int, version: int) -> None:
         """At exactly this version, 0: any."""
