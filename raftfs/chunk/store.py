@@ -525,6 +525,22 @@ class ChunkStore:
         finally:
             self._table.leave(copy)
 
+    def reclaim(self, chunk: int, version: int, path: Path) -> bool:
+        """Give a file its name back that it lost while it was a copy of ours. False if it is none,
+        or has not lost it. OSError.
+        """
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return False
+        try:
+            with copy.lock:
+                if copy.gone or copy.version != version or copy.path.exists():
+                    return False
+                self._install(path, copy.path)
+                return True
+        finally:
+            self._table.leave(copy)
+
     def copies_on(self, number: int) -> int:
         """How many copies a disk has."""
         return self._table.count_on(number)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import structlog
+from msgspec.structs import replace
 
 from raftfs.chunk import layout
 from raftfs.chunk.chunkfile import DamageError, UnfinishedError
@@ -16,7 +17,7 @@ from raftfs.chunk.copyfile import Copy
 from raftfs.chunk.store import ChunkStore
 from raftfs.const import MIB
 from raftfs.errors import ReplyError, Status
-from raftfs.wire.messages import Damage
+from raftfs.wire.messages import CopyId, Damage
 
 log = structlog.get_logger("raftfs.strangers")
 
@@ -45,7 +46,8 @@ def take_in(store: ChunkStore, number: int, path: Path) -> bool:
             return False
         copy = Copy(disk, store.door, header.chunk, version)
         _check_whole(store, copy, path)
-        store.adopt(header.chunk, version, disk, path)
+        if not store.reclaim(header.chunk, version, path):
+            store.adopt(header.chunk, version, disk, path)
     except (FileNotFoundError, UnfinishedError):
         return False  # it is being made just now, or removed, or renamed
     except (DamageError, layout.LayoutError) as e:
@@ -59,6 +61,9 @@ def take_in(store: ChunkStore, number: int, path: Path) -> bool:
         return False
     log.error("name of a copy mended", file=str(path), name=str(copy.path),
               chunk=f"{header.chunk:016X}", version=version)  # fmt: skip
+    story = Damage(header.chunk, version, str(disk.path), "name", -1, copy.path.name, path.name,
+                   "scrub", int(time.time()), "the file had another name, and has its own again")
+    store.report([CopyId(header.chunk, version)], [], [story])
     return True
 
 
@@ -105,4 +110,6 @@ def _set_aside(store: ChunkStore, number: int, path: Path, reason: str) -> bool:
         log.error("file not set aside", file=str(path), reason=str(e))
         return False
     log.error("strange file set aside", file=str(path), kept=str(kept), reason=reason)
+    # Of no chunk, for the masters: one that its name or header tells may be here and good.
+    store.report([], [], [replace(story, chunk=0, version=0)])
     return True
