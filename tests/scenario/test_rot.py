@@ -116,7 +116,7 @@ def _state(cluster: ScenarioCluster, name: str) -> str:
 
 @pytest.mark.parametrize("cluster", [("--chunkservers", "1")], indirect=True)
 def test_the_last_copy_is_kept_and_its_good_blocks_can_be_read(cluster: ScenarioCluster) -> None:
-    cluster.expect("copy damaged", "copy not readable", "read failed")
+    cluster.expect("copy damaged", "copy not readable", "cannot read")
     data = os.urandom(2**20)
     write_synced(cluster.mnt / "file", data)
     (victim,) = copies(cluster)
