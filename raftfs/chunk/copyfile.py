@@ -20,12 +20,33 @@ the file and settles it (`abandon`).
 All methods are called with `lock` held. They raise `DamageError`, ReplyError or OSError.
 """
 
+from pathlib import Path
+from typing import NamedTuple
+
 from raftfs.chunk import layout
 from raftfs.chunk.chunkfile import ZEROS, ChunkFile, DamageError
 from raftfs.chunk.layout import DATA_OFFSET
 from raftfs.const import BLOCK_SIZE
 from raftfs.errors import ReplyError, Status
 from raftfs.wire.frame import ZERO_BLOCK_CRC, crc32, piece_crcs
+
+
+class Resting(NamedTuple):
+    """A copy at rest, as it lies on the disk."""
+
+    path: Path
+    version: int
+    token: int
+    header: layout.Header
+    table: layout.CrcTable
+
+    def is_still(self, other: "Resting | None") -> bool:
+        """Whether nothing has changed."""
+        return (
+            other is not None and self[:3] == other[:3]
+            and self.header.pack() == other.header.pack()
+            and self.table.page() == other.table.page()
+        )  # fmt: skip
 
 
 class Copy(ChunkFile):
@@ -62,6 +83,12 @@ class Copy(ChunkFile):
         if tail_bytes and count > 1:
             crcs[-1] = crc32(data[-tail_bytes:])
         return data, crcs
+
+    def resting(self) -> "Resting | None":
+        """What it is, if nothing of it is being changed."""
+        if not self.at_rest:
+            return None
+        return Resting(self.path, self.version, self.header.lock, *self._read_head())
 
     def check_head(self) -> None:
         """Header and table on the disk are what we go by. DamageError."""

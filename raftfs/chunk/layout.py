@@ -117,6 +117,14 @@ class CrcTable:
         raw = bytes(self._page[4 * first : 4 * (first + len(crcs))])
         return raw, TABLE_OFFSET + 4 * first
 
+    def fits(self, first: int, blocks: memoryview) -> bool:
+        """Whether whole blocks from `first` on have these checksums."""
+        crcs = self.get(first, len(blocks) // BLOCK_SIZE)
+        return all(
+            crc32(blocks[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE]) == crc
+            for at, crc in enumerate(crcs)
+        )
+
     def page(self) -> bytes:
         """The whole table."""
         return bytes(self._page)
@@ -170,6 +178,11 @@ def runs_of(bitmap: int, longest: int = BLOCKS_PER_CHUNK) -> list[tuple[int, int
         else:
             runs.append((block, 1))
     return runs
+
+
+def place_of(first: int, count: int) -> tuple[int, int]:
+    """Offset in the file, and length, of blocks."""
+    return DATA_OFFSET + first * BLOCK_SIZE, count * BLOCK_SIZE
 
 
 def block_span(offset: int, length: int) -> tuple[int, int]:

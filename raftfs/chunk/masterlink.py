@@ -21,7 +21,7 @@ import structlog
 
 from raftfs import __version__
 from raftfs.chunk.fetch import discard, fetch
-from raftfs.chunk.store import ChunkStore
+from raftfs.chunk.store import REPORT_SLICE, ChunkStore
 from raftfs.chunk.terms import TermGate
 from raftfs.client.chunk import ChunkPool
 from raftfs.const import HEARTBEAT_S
@@ -37,7 +37,6 @@ log = structlog.get_logger("raftfs.masterlink")
 ORDER_THREADS = 8
 FETCH_THREADS = 4
 FETCHES_MAX = 64  # more are answered BUSY: the leader asks again, or another server
-_REPORT_SLICE = 10_000
 _CALL_TIMEOUT_S = 5.0
 _AGAIN_S = (0.2, 0.4, 0.7, 1.0)  # delays before connecting again
 _SPACE_AGE_S = 0.5
@@ -54,8 +53,11 @@ class MasterLinks:
         announce: tuple[str, int],
         key: ClusterKey,
         disks: Callable[[], list[m.DiskStatus]] = list,
+        tune: Callable[[str, str], None] = lambda action, value: None,
     ) -> None:
+        """`tune(action, value)`: as in `wire.Tune`; called in a thread."""
         self._disks = disks
+        self._tune = tune
         self._store = store
         self._masters = list(masters)
         self._announce = announce
@@ -175,12 +177,12 @@ class MasterLinks:
         # fine: the master takes a report of what it knows for none).
         self._pending[link] = []
         copies = await asyncio.to_thread(store.copies)
-        for start in range(0, len(copies), _REPORT_SLICE):
-            part = copies[start : start + _REPORT_SLICE]
+        for start in range(0, len(copies), REPORT_SLICE):
+            part = copies[start : start + REPORT_SLICE]
             await link.call(m.Copies(part), _CALL_TIMEOUT_S)
         damages = await asyncio.to_thread(store.damages)
-        for start in range(0, len(damages), _REPORT_SLICE):
-            stories = tuple(damages[start : start + _REPORT_SLICE])
+        for start in range(0, len(damages), REPORT_SLICE):
+            stories = tuple(damages[start : start + REPORT_SLICE])
             await link.call(m.Copies([], stories), _CALL_TIMEOUT_S)
         await link.call(await self._measure(), _CALL_TIMEOUT_S)
         # no await from here until the link is among those that are told of changes
@@ -196,7 +198,8 @@ class MasterLinks:
         self._space_at = time.monotonic()  # several links: one of them measures
         total, used = await asyncio.to_thread(self._store.space)
         disks = await asyncio.to_thread(self._disks)
-        self._space = m.Space(total, used, len(self._store), tuple(disks))
+        self._space = m.Space(total, used, len(self._store), tuple(disks),
+                              await asyncio.to_thread(self._store.room))
         return self._space
 
     async def _heartbeat(self, link: Link) -> None:
@@ -228,6 +231,8 @@ class MasterLinks:
             await self._new_term(order.term)
         elif isinstance(order, m.Replicate):
             await self._replicate(order)
+        elif isinstance(order, m.Tune):
+            await self._loop.run_in_executor(self._orders, self._tune, order.action, order.value)
         else:
             await self._loop.run_in_executor(self._orders, self._obey, order)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import structlog
 
+from raftfs.chunk.disk import Disk
 from raftfs.chunk.scrubstate import ScrubState
 from raftfs.chunk.store import ChunkStore
 from raftfs.chunk.strangers import take_in_strangers
@@ -213,9 +214,9 @@ class Scrubber:
         here = str(disk.path)
         damaged = sum(story.disk == here for story in store.damages())
         files, size = store.quarantines()[number].size()
-        state = "good" if disk.room() else "full"
-        return DiskStatus(here, disk.label["disk"], total, used, store.copies_on(number), state,
-                          damaged, files, size, scrub.status())  # fmt: skip
+        copies = store.copies_on(number)
+        return DiskStatus(here, disk.label["disk"], total, used, copies, _state(disk, copies),
+                          damaged, files, size, scrub.status(), disk.health.evidence)  # fmt: skip
 
     def checked_at(self, chunk: int) -> float:
         """When the chunk's copy was checked last (seconds since the epoch); 0: not yet."""
@@ -229,6 +230,14 @@ class Scrubber:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _state(disk: Disk, copies: int) -> str:
+    if disk.health.evidence:
+        return "damaged"
+    if disk.leaving:
+        return "removing" if copies else "removable"
+    return "good" if disk.room() else "full"
 
 
 def _loudly(run: Callable[[], None]) -> Callable[[], None]:

@@ -28,18 +28,19 @@ import structlog
 
 from raftfs.chunk import layout
 from raftfs.chunk.chunkfile import DamageError, UnfinishedError
-from raftfs.chunk.copyfile import Copy
+from raftfs.chunk.copyfile import Copy, Resting
 from raftfs.chunk.disk import Disk
 from raftfs.chunk.door import FileDoor
 from raftfs.chunk.quarantine import Quarantine
 from raftfs.chunk.tables import IDLE_S, OPEN_FILES_MAX, CopyTable
 from raftfs.const import BLOCK_SIZE, CHUNK_SIZE, DATA_PAYLOAD_MAX
-from raftfs.errors import ReplyError, Status, UserError
+from raftfs.errors import RaftfsError, ReplyError, Status, UserError
 from raftfs.wire.frame import piece_crcs
 from raftfs.wire.messages import CopyId, Damage
 
 log = structlog.get_logger("raftfs.chunkstore")
 
+REPORT_SLICE = 10_000  # copies in one message to the masters
 READ_BUFFER = DATA_PAYLOAD_MAX + 2 * BLOCK_SIZE
 # Errors that say nothing of the disk's health.
 _NO_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
@@ -80,6 +81,8 @@ class ChunkStore:
                     self._table.damage(story.chunk, story)
                 else:
                     quarantine.forget(story.chunk, story.version)
+            if disks[number].health.evidence:
+                self._disk_failed(number)
 
     def _agree(self, what: str) -> bytes:
         found = {d.label[what]: d.path for d in self._disks if d.label[what]}
@@ -180,8 +183,16 @@ class ChunkStore:
             except OSError as e:
                 log.error("disk does not answer", disk=str(disk.path), reason=str(e))
                 continue
-            total, used = total + of_disk[0], used + of_disk[1]
+            closed = disk.leaving or disk.health.evidence
+            total, used = total + of_disk[closed != ""], used + of_disk[1]
         return total, used
+
+    def room(self) -> int:
+        """Bytes that new copies may take; folders on one file system count once."""
+        rooms: dict[int, int] = {}
+        for disk in self._disks:
+            rooms[disk.device] = max(rooms.get(disk.device, 0), disk.room())
+        return sum(rooms.values())
 
     # --- having a copy in hand
 
@@ -230,7 +241,8 @@ class ChunkStore:
             raise ReplyError(Status.WRONG_VERSION)
         story = self._table.damage_of(copy.chunk)
         if story is not None and by != "read":
-            raise ReplyError(Status.DISK_ERROR if story.part == "disk" else Status.BAD_CRC)
+            failing = story.part in ("disk", "io")
+            raise ReplyError(Status.DISK_ERROR if failing else Status.BAD_CRC)
 
     def _create(self, chunk: int, version: int) -> Copy:
         """A new copy, in use by the caller."""
@@ -335,12 +347,64 @@ class ChunkStore:
                   server=self.server.hex(), disk=str(copy.disk.path),
                   reason=str(error))  # fmt: skip
         number = error.errno or errno.EIO
-        story = Damage(copy.chunk, copy.version, str(copy.disk.path), "disk", -1, "",
-                       errno.errorcode.get(number, str(number)), by, int(time.time()),
-                       os.strerror(number))  # fmt: skip
+        code = errno.errorcode.get(number, str(number))
+        story = Damage(copy.chunk, copy.version, str(copy.disk.path), "io", -1, "", code, by,
+                       int(time.time()), os.strerror(number))  # fmt: skip
         if not copy.gone and self._table.damage(copy.chunk, story):
             self.report([], [], [story])
+        if copy.disk.health.error(f"{code} ({os.strerror(number)}) {by} {copy.path}"):
+            self._disk_failed(self._disks.index(copy.disk))
         return ReplyError(Status.DISK_ERROR)
+
+    def _disk_failed(self, number: int) -> None:
+        """Nothing on it counts any more; what can be read is still given to readers."""
+        disk = self._disks[number]
+        evidence = disk.health.evidence
+        log.error("disk damaged", disk=str(disk.path), evidence=evidence)
+        at, last = int(time.time()), evidence.splitlines()[-1]
+        stories = []
+        for chunk in self._table.chunks_on(number, 0):
+            version = self._table.version_of(chunk) or 0
+            story = Damage(chunk, version, str(disk.path), "disk", -1, "", "", "disk", at, last)
+            if self._table.damage(chunk, story):
+                stories.append(story)
+        for start in range(0, len(stories), REPORT_SLICE):
+            self.report([], [], stories[start : start + REPORT_SLICE])
+
+    def retest(self, path: str) -> None:
+        """What is on a damaged disk counts again, if the disk works now. RaftfsError says why not.
+
+        Copies that gave an error themselves stay damaged.
+        """
+        disk = next((d for d in self._disks if str(d.path) == path), None)
+        if disk is None:
+            known = ", ".join(str(d.path) for d in self._disks)
+            raise RaftfsError(f"{path} is no disk of this server: it has {known}")
+        try:
+            disk.health.test(self.door)
+        except OSError as e:
+            raise RaftfsError(f"{path} still fails: {e}") from None
+        again = [s for s in self._table.damages() if s.part == "disk" and s.disk == path]
+        for story in again:
+            self._table.undamage(story.chunk)
+        log.info("disk tested and counted again", disk=path, copies=len(again))
+        for start in range(0, len(again), REPORT_SLICE):
+            part = again[start : start + REPORT_SLICE]
+            self.report([CopyId(s.chunk, s.version) for s in part], [], [])
+
+    def _let_go(self, chunk: int, version: int) -> None:
+        """The copy is none any more; its file stays where it is, for `strangers.py`."""
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return
+        try:
+            with copy.lock:
+                if not copy.gone and copy.version == version:
+                    copy.abandon()
+                    self._table.drop(copy)
+                    self.report([], [CopyId(chunk, version)], [])
+        finally:
+            self._table.leave(copy)
 
     # --- data
 
@@ -454,7 +518,8 @@ class ChunkStore:
         """
         number = self._disks.index(disk)
         if (story := self._table.damage_of(chunk)) is not None:
-            self.set_aside(chunk, story.version)  # whoever adopts has a good copy in hand
+            # Whoever adopts has a good copy in hand. A damaged disk is not asked to move anything.
+            (self._let_go if story.part == "disk" else self.set_aside)(chunk, story.version)
         new = Copy(disk, self.door, chunk, version)
         old = self._table.enter(chunk)
         try:
@@ -560,6 +625,41 @@ class ChunkStore:
                 copy.check_head()
             further, read_bytes = copy.check_blocks(first, into, cold=cold)
             return further, read_bytes + layout.DATA_OFFSET
+
+    # --- the mover's side
+
+    def resting(self, chunk: int) -> Resting | None:
+        """The copy, if it is good and nobody changes it just now."""
+        if self._table.damage_of(chunk) is not None:
+            return None
+        with self._held(chunk, None, "scrub") as copy:
+            return copy.resting()
+
+    def replace_file(self, chunk: int, old: Resting, disk: Disk, part: Path) -> bool:
+        """A whole and durable twin of the copy, under the name `part`, is the copy from now on. The
+        old file goes. False, and nothing happens, if the copy is not what it was. OSError.
+        """
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return False
+        try:
+            with copy.lock:
+                if copy.gone or copy.path != old.path or self._table.damage_of(chunk):
+                    return False
+                copy.open(self.cluster)
+                if not old.is_still(copy.resting()):
+                    return False
+                self._install(part, disk.path / layout.file_name(chunk, old.version))
+                copy.abandon()
+                self._table.replace(copy, old.version, self._disks.index(disk))
+                self.door.unlink(old.path)
+                self.door.sync_folder(old.path.parent)
+                return True
+        except (DamageError, UnfinishedError) as e:
+            log.warning("copy not moved", chunk=f"{chunk:016X}", reason=str(e))
+            return False
+        finally:
+            self._table.leave(copy)
 
     # --- housekeeping
 

@@ -145,6 +145,11 @@ class CopyTable:
             self._damaged[chunk] = story
             return True
 
+    def undamage(self, chunk: int) -> None:
+        """The copy counts again."""
+        with self._lock:
+            self._damaged.pop(chunk, None)
+
     def _deactivate(self, copy: Copy) -> None:
         copy.gone = True
         self._active.pop(copy.chunk, None)

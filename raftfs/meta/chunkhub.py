@@ -17,7 +17,7 @@ from raftfs.const import CHUNK_SIZE, DISK_LEAVE_FREE, HEARTBEAT_S
 from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.meta.plan.placement import Candidate
 from raftfs.wire import messages as m
-from raftfs.wire.rpc import Link
+from raftfs.wire.rpc import Link, decode
 
 log = structlog.get_logger("raftfs.chunkhub")
 
@@ -43,6 +43,7 @@ class ChunkServer:
         self.ready = False
         self.fenced_term = 0
         self.total = self.used = 0
+        self.room = -1
         self.suspect_until = 0.0
         self.copies: dict[int, int] = {}
         self.damaged: dict[int, m.Damage] = {}
@@ -55,8 +56,13 @@ class ChunkServer:
 
     @property
     def free(self) -> int:
-        """Bytes that new chunks may take."""
+        """Bytes that are not used."""
         return max(0, self.total - self.used)
+
+    @property
+    def for_new(self) -> int:
+        """Bytes that new chunks may take, as the server says."""
+        return self.room if self.room >= 0 else max(0, self.free - DISK_LEAVE_FREE)
 
     def status(self) -> m.ServerStatus:
         """For status messages."""
@@ -111,7 +117,8 @@ class ChunkHub:
         elif isinstance(event, m.Changed):
             self._changed(server, event)
         elif isinstance(event, m.Space):
-            server.total, server.used, server.disks = event.total, event.used, event.disks
+            server.total, server.used, server.room = event.total, event.used, event.room
+            server.disks = event.disks
             return self._masters()
         return None
 
@@ -261,9 +268,9 @@ class ChunkHub:
     def candidates(self) -> list[Candidate]:
         """Servers that may take a new copy."""
         return [
-            Candidate(s.uuid, s.host, max(0, s.free - DISK_LEAVE_FREE))
+            Candidate(s.uuid, s.host, s.for_new)
             for s in self.fenced_servers()
-            if s.free > CHUNK_SIZE + DISK_LEAVE_FREE and s.suspect_until < time.monotonic()
+            if s.for_new > CHUNK_SIZE and s.suspect_until < time.monotonic()
         ]
 
     def suspect(self, uuid: bytes) -> None:
@@ -323,7 +330,21 @@ class ChunkHub:
     def space(self) -> tuple[int, int]:
         """Bytes in all and bytes free over the connected servers."""
         up = [s for s in self.servers.values() if s.connected]
-        return sum(s.total for s in up), sum(max(0, s.free - DISK_LEAVE_FREE) for s in up)
+        return sum(s.total for s in up), sum(s.for_new for s in up)
+
+    async def tune(self, name: str, action: str, value: str) -> str:
+        """Have one chunkserver (host:port), or all, change something. RaftfsError says why not."""
+        servers = [s for s in self.fenced_servers() if name in ("", f"{s.host}:{s.port}")]
+        if not servers:
+            raise RaftfsError(f"no chunkserver {name or 'at all'} is connected")
+        for server in servers:
+            order = m.Tune(self._term(), action, value)
+            try:
+                await server.link.call(order, REPLICATE_TIMEOUT_S)
+            except ReplyError as e:
+                reason = decode(str, e.value) if e.value else str(e)
+                raise RaftfsError(f"chunkserver {_address(server)}: {reason}") from None
+        return f"{action} {value}: done on {', '.join(_address(s) for s in servers)}"
 
     def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

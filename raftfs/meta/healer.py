@@ -184,6 +184,7 @@ class Healer:
         return {
             server: story for server, story in self._hub.damaged_of(chunk).items()
             if self._hub.is_fenced(self._hub.servers[server])
+            and story.part != "disk"  # that one is not asked to move anything
             and self._stuck.get((chunk, server), 0.0) <= now
         }  # fmt: skip
 

@@ -267,13 +267,21 @@ class RemoveMember(Tagged, tag=2):
     name: str
 
 
+class TuneDisks(Tagged, tag=16):
+    """Of one chunkserver (host:port, "": all): as `Tune` has it."""
+
+    name: str
+    action: str
+    value: str
+
+
 class TransferLeader(Tagged, tag=3):
     """`name` leads from now on; "": the most advanced follower."""
 
     name: str
 
 
-AdminAction = AddMember | RemoveMember | TransferLeader
+AdminAction = AddMember | RemoveMember | TransferLeader | TuneDisks
 
 
 class Admin(Tagged, tag=19):
@@ -324,7 +332,8 @@ class CopyId(Record):
 class Damage(Record):
     """The story of a copy that is not what was written: it no longer counts.
 
-    `part`: data, table, header, name, file (gone), disk (an I/O error). `block` -1: no one block.
+    `part`: data, table, header, name, file (gone), io (an I/O error), disk (the whole of it does
+    not count). `block` -1: no one block.
     `found_by`: read, write, order, scrub or start. `at`: seconds since the epoch.
     """
 
@@ -399,7 +408,8 @@ class ScrubStatus(Record):
 
 
 class DiskStatus(Record):
-    """A disk as its chunkserver sees it. `state`: good, damaged, removing or full.
+    """A disk as its chunkserver sees it. `state`: good, full, damaged, removing (marked for it) or
+    removable (nothing on it is needed any more).
 
     `damaged`: copies that do not count, still in their places; `quarantined`: files set aside, and
     their bytes. `evidence`: why the disk is damaged.
@@ -427,6 +437,7 @@ class Space(Tagged, tag=5):
     used: int
     chunks: int
     disks: tuple[DiskStatus, ...] = ()
+    room: int = -1  # bytes that new copies may take; -1: not told
 
 
 ChunkEvent = ServerHello | Copies | Ready | Changed | Space
@@ -494,7 +505,17 @@ class Confirm(Tagged, tag=49):
     version: int
 
 
-ChunkOrder = NewTerm | RaiseVersion | Destroy | Replicate | SetAside | Confirm
+class Tune(Tagged, tag=50):
+    """`scrub-rate`: MiB a second and disk; `retest`: the disk with this path, and count it again if
+    it works. -> None; an error says why not.
+    """
+
+    term: int
+    action: str
+    value: str
+
+
+ChunkOrder = NewTerm | RaiseVersion | Destroy | Replicate | SetAside | Confirm | Tune
 
 # ================================================================ data port (chunkserver, 9422)
 

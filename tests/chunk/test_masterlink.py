@@ -98,7 +98,7 @@ async def refused(order: Awaitable[None], status: int) -> None:
 def test_every_master_hears_all_and_links_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masterlink, "_REPORT_SLICE", 2)
+    monkeypatch.setattr(masterlink, "REPORT_SLICE", 2)
 
     async def story() -> None:
         with servers(tmp_path, 1) as (server,):

@@ -429,7 +429,7 @@ def test_a_scrub_passes_over_what_a_disk_cannot_read(tmp_path: Path) -> None:
     door.bad.add(chunk_file(tmp_path, 2).name)
     told = listen(store)
     work = sweep(store)
-    assert [(d.chunk, d.part, d.found, d.found_by) for d in told] == [(2, "disk", "EIO", "scrub")]
+    assert [(d.chunk, d.part, d.found, d.found_by) for d in told] == [(2, "io", "EIO", "scrub")]
     assert work.damaged == 1 and sorted(c.chunk for c in store.copies()) == [1, 3]
     store.close()
 

@@ -278,7 +278,7 @@ def test_disk_errors_are_told_and_a_lost_sync_is_never_forgotten(tmp_path: Path)
     with pytest.raises(ReplyError):
         store.raise_version(1, 2, 2)
     assert ids(told) == [CopyId(1, 1)] and store.copies() == []
-    assert (told[0].part, told[0].found, told[0].found_by) == ("disk", "EIO", "write")
+    assert (told[0].part, told[0].found, told[0].found_by) == ("io", "EIO", "write")
     door.fail = {"pread": errno.EIO}
     with pytest.raises(ReplyError) as e:
         read(store, 1, 0, 4)

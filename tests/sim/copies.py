@@ -112,6 +112,10 @@ class CopyStore:
         """Bytes in all and used."""
         return _ROOM, _ROOM if self._disk.full else len(self) * CHUNK_SIZE
 
+    def room(self) -> int:
+        """Bytes that new copies may take."""
+        return 0 if self._disk.full else max(0, _ROOM - DISK_LEAVE_FREE - len(self) * CHUNK_SIZE)
+
     def raise_version(self, chunk: int, version: int, token: int) -> None:
         """Durably."""
         copy = self._held(chunk, None)
