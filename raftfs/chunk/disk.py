@@ -47,6 +47,7 @@ class Disk:
         self.path = path
         self.used_at = 0.0  # when a client's request came last (monotonic)
         self.leave_free, self.limit, self.leaving = leave_free, limit, leaving
+        self.is_pushed = False  # what is left on it must go to other servers
         self._label_lock = threading.Lock()
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,7 @@ class MasterLinks:
         self._accepted = False  # some master has taken us: we are in the right cluster
         self.failed: asyncio.Future[None] = self._loop.create_future()
         store.report = self._report
+        store.report_leaving = self._report_leaving
 
     def start(self) -> None:
         """Begin to connect."""
@@ -109,6 +110,13 @@ class MasterLinks:
         stories = tuple(damaged)
         with suppress(RuntimeError):  # the loop has ended: nobody is told any more
             self._loop.call_soon_threadsafe(self._tell, m.Changed(made, gone, copies, stories))
+
+    def _report_leaving(self, chunks: list[int], leaving: bool) -> None:
+        """As `_report`."""
+        told, none = tuple(chunks), ()
+        change = m.Changed([], [], [], (), *((told, none) if leaving else (none, told)))
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._tell, change)
 
     def _tell(self, change: m.Changed) -> None:
         for pending in self._pending.values():
@@ -184,6 +192,10 @@ class MasterLinks:
         for start in range(0, len(damages), REPORT_SLICE):
             stories = tuple(damages[start : start + REPORT_SLICE])
             await link.call(m.Copies([], stories), _CALL_TIMEOUT_S)
+        leaving = await asyncio.to_thread(store.leaving)
+        for start in range(0, len(leaving), REPORT_SLICE):
+            chunks = tuple(leaving[start : start + REPORT_SLICE])
+            await link.call(m.Copies([], (), chunks), _CALL_TIMEOUT_S)
         await link.call(await self._measure(), _CALL_TIMEOUT_S)
         # no await from here until the link is among those that are told of changes
         for change in self._pending.pop(link):

@@ -1,4 +1,5 @@
 """Copies leave a disk that is marked for removal: to the server's other disks, one after another.
+When those have no room, the masters are told, and make other copies on other servers.
 
 A copy is moved while nobody changes it: copied under a `.part` name, checked against its CRC table,
 synced; then, if it is still what it was, the copied file is the copy, and the old one goes. A stop
@@ -51,6 +52,8 @@ class Mover:
             for number, disk in enumerate(self._store.disks()):
                 if disk.leaving and not disk.health.evidence:
                     self.empty(number)
+                elif disk.is_pushed:
+                    self._store.push(number, away=False)
 
     def empty(self, number: int) -> int:
         """Move what can be moved now; gives how many copies that were."""
@@ -63,6 +66,7 @@ class Mover:
             except ReplyError as e:
                 if e.status not in (Status.BUSY, Status.NO_CHUNK, Status.BAD_CRC):
                     self._tell_stuck(number, str(e))
+                    self._store.push(number, away=self._store.disks()[number].leaving != "local")
                     break
             except DamageError as e:  # the scrub will say more of it
                 log.warning("copy not moved", chunk=f"{chunk:016X}", reason=str(e))

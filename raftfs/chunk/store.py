@@ -49,6 +49,10 @@ _NO_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOME
 Report = Callable[[list[CopyId], list[CopyId], list[Damage]], None]
 
 
+# Chunks whose copies should have others on other servers, or no longer. As `Report`.
+ReportLeaving = Callable[[list[int], bool], None]
+
+
 class ChunkStore:
     """The copies on this server's disks."""
 
@@ -63,6 +67,7 @@ class ChunkStore:
         """UserError if the disks disagree on server or cluster."""
         self.door = door or FileDoor()
         self.report: Report = lambda made, gone, damaged: None
+        self.report_leaving: ReportLeaving = lambda chunks, leaving: None
         self._disks = disks
         self._draw = draw
         self._join_lock = threading.Lock()
@@ -628,6 +633,19 @@ class ChunkStore:
 
     # --- the mover's side
 
+    def leaving(self) -> list[int]:
+        """The chunks that other servers must take over."""
+        pushed = [n for n, disk in enumerate(self._disks) if disk.is_pushed]
+        return [chunk for n in pushed for chunk in self._table.chunks_on(n, 0)]
+
+    def push(self, number: int, *, away: bool) -> None:
+        """Have other servers take over what is on a disk; or no longer. The masters are told."""
+        if self._disks[number].is_pushed != away:
+            self._disks[number].is_pushed = away
+            chunks = self._table.chunks_on(number, 0).tolist()
+            for start in range(0, len(chunks), REPORT_SLICE):
+                self.report_leaving(chunks[start : start + REPORT_SLICE], away)
+
     def resting(self, chunk: int) -> Resting | None:
         """The copy, if it is good and nobody changes it just now."""
         if self._table.damage_of(chunk) is not None:
@@ -652,6 +670,8 @@ class ChunkStore:
                 self._install(part, disk.path / layout.file_name(chunk, old.version))
                 copy.abandon()
                 self._table.replace(copy, old.version, self._disks.index(disk))
+                if copy.disk.is_pushed:
+                    self.report_leaving([chunk], False)
                 self.door.unlink(old.path)
                 self.door.sync_folder(old.path.parent)
                 return True

@@ -47,6 +47,7 @@ class ChunkServer:
         self.suspect_until = 0.0
         self.copies: dict[int, int] = {}
         self.damaged: dict[int, m.Damage] = {}
+        self.leaving: set[int] = set()  # chunks whose copies are on disks that are to be pulled
         self.disks: tuple[m.DiskStatus, ...] = ()
 
     @property
@@ -112,6 +113,7 @@ class ChunkHub:
         if isinstance(event, m.Copies):
             self._made(server, event.copies)
             self._note_damaged(server, event.damaged)
+            server.leaving.update(event.leaving)
         elif isinstance(event, m.Ready):
             self._ready(server)
         elif isinstance(event, m.Changed):
@@ -159,6 +161,7 @@ class ChunkHub:
 
     def _forget_copies(self, server: ChunkServer) -> None:
         copies, server.copies = server.copies, {}
+        server.leaving.clear()
         for chunk in copies:
             self._gone(server.uuid, chunk)
         for chunk in list(server.damaged):
@@ -195,7 +198,11 @@ class ChunkHub:
             )  # fmt: skip
         self._note_damaged(server, event.stories)
         self._made(server, event.made)
-        self._on_change({c.chunk for c in (*event.made, *event.gone, *event.damaged)})
+        server.leaving.update(event.leaving)
+        server.leaving.difference_update(event.staying)
+        changed = {c.chunk for c in (*event.made, *event.gone, *event.damaged)}
+        server.leaving -= {chunk for chunk in changed if chunk not in server.copies}
+        self._on_change({*changed, *event.leaving, *event.staying})
 
     def _note_damaged(self, server: ChunkServer, stories: Iterable[m.Damage]) -> None:
         for story in stories:
@@ -210,6 +217,10 @@ class ChunkHub:
             self.damaged[chunk].discard(server.uuid)
             if not self.damaged[chunk]:
                 del self.damaged[chunk]
+
+    def leaving_of(self, chunk: int, servers: Iterable[bytes]) -> set[bytes]:
+        """Those of the servers whose copy of the chunk is on a disk that is to be pulled."""
+        return {uuid for uuid in servers if chunk in self.servers[uuid].leaving}
 
     def damaged_of(self, chunk: int) -> dict[bytes, m.Damage]:
         """Server -> story of the damaged copies that are still in their places."""

@@ -117,9 +117,10 @@ class Grants:
 
     def verdict(self, chunk: ChunkRow) -> Verdict:
         """What the connected copies are worth."""
+        copies = self.copies(chunk, fenced=True)
         return judge(
-            chunk.version, chunk.reserved, chunk.goal, self.copies(chunk, fenced=True),
-            chunk.restored,
+            chunk.version, chunk.reserved, chunk.goal, copies, chunk.restored,
+            self._hub.leaving_of(chunk.id, copies),
         )  # fmt: skip
 
     def awaits_copies(self, chunk: ChunkRow) -> bool:

@@ -296,7 +296,8 @@ class Healer:
                 if self._may_go(now, server, version):
                     await self._destroy(now.id, version, server, "stale")
             if verdict.surplus:
-                fullest = min(verdict.chosen, key=lambda s: self._hub.servers[s].free)
+                leaving = self._hub.leaving_of(now.id, verdict.chosen)
+                fullest = min(leaving or verdict.chosen, key=lambda s: self._hub.servers[s].free)
                 await self._proposer.commit(DropCopy(now.id, now.version, fullest))
                 await self._destroy(now.id, now.version, fullest, "surplus")
                 self._grants.prove_less(now.id, fullest)

@@ -368,11 +368,12 @@ class Copies(Tagged, tag=2):
     """A part of the full report, at most 10,000 copies. -> None.
 
     `damaged`: copies that do not count; those that are still readable in part are kept until a
-    `SetAside`.
+    `SetAside`. `leaving`: chunks as in `Changed`.
     """
 
     copies: list[CopyId]
     damaged: tuple[Damage, ...] = ()
+    leaving: tuple[int, ...] = ()
 
 
 class Ready(Tagged, tag=3):
@@ -383,13 +384,16 @@ class Changed(Tagged, tag=4):
     """Copies made, raised in version (the old id is in `gone`), destroyed or found damaged. ->
     None.
 
-    `stories`: of the damaged ones, in their order.
+    `stories`: of the damaged ones, in their order. `leaving`: chunks whose copies are good, but on
+    a disk that is to be pulled: others must be made elsewhere. `staying`: no longer so.
     """
 
     made: list[CopyId]
     gone: list[CopyId]
     damaged: list[CopyId]
     stories: tuple[Damage, ...] = ()
+    leaving: tuple[int, ...] = ()
+    staying: tuple[int, ...] = ()
 
 
 class ScrubStatus(Record):

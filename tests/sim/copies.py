@@ -79,6 +79,7 @@ class CopyStore:
         self._disk, self._law = disk, law
         self.server, self.cluster = disk.server, disk.cluster
         self.report: Report = lambda made, gone, damaged: None
+        self.report_leaving: Callable[[list[int], bool], None] = lambda chunks, leaving: None
         self.acting = 0  # the term whose order is carried out just now
 
     # --- as `ChunkStore`
@@ -133,6 +134,10 @@ class CopyStore:
     def confirm(self, chunk: int, version: int) -> None:
         """There is one at exactly this version."""
         self._held(chunk, version)
+
+    def leaving(self) -> list[int]:
+        """No disk is ever marked for removal here."""
+        return []
 
     def damages(self) -> list[Damage]:
         """None is ever found damaged here."""

@@ -8,7 +8,7 @@ After a restore the metadata may be older than the copies: whatever raised their
 is forgotten. Then the newest copies have every acknowledged byte, and only they.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 
@@ -52,24 +52,27 @@ def spared(committed: int, restored: int, settled: int, version: int) -> bool:
 
 
 def judge(
-    committed: int, reserved: int, goal: int, copies: Mapping[bytes, int], restored: int = 0
-) -> Verdict:
+    committed: int, reserved: int, goal: int, copies: Mapping[bytes, int], restored: int = 0,
+    leaving: Collection[bytes] = (),
+) -> Verdict:  # fmt: skip
     """Weigh `copies` (server -> version) of a chunk at version `committed`, up to `reserved`.
 
     Of several groups of good copies the largest is chosen (losing a copy costs more than bytes that
-    nobody acknowledged); of equally large ones, and after a restore, the newest.
+    nobody acknowledged); of equally large ones, and after a restore, the newest. Copies on servers
+    that are `leaving` are as good as others, but the goal has to be met without them.
     """
     groups: dict[int, list[bytes]] = {}
     for server, version in good(committed, reserved, copies, restored).items():
         groups.setdefault(version, []).append(server)
     version = max(groups, key=lambda v: (len(groups[v]), v), default=committed)
     chosen = tuple(sorted(groups.get(version, ())))
+    wanted = max(0, goal - sum(server not in leaving for server in chosen))
     stale = tuple((s, v) for s, v in sorted(copies.items()) if s not in chosen)
     return Verdict(
         chosen=chosen,
         version=version,
         settle=bool(chosen) and version != committed,
         stale=stale,
-        wanted=max(0, goal - len(chosen)),
-        surplus=max(0, len(chosen) - goal),
+        wanted=wanted,
+        surplus=0 if wanted else max(0, len(chosen) - goal),
     )

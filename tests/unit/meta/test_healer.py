@@ -281,3 +281,19 @@ def test_a_damaged_copy_of_a_deleted_file_goes_as_the_others_do() -> None:
         assert len(world.of(m.Destroy)) == 2 and world.hub.damaged == {}
 
     asyncio.run(story())
+
+
+def test_copies_on_a_disk_to_be_pulled_are_made_elsewhere_before_they_go() -> None:
+    async def story() -> None:
+        world = Recorded(servers=3, goal=2)
+        chunk = await written(world)
+        here, there = holders(world, chunk)
+        known = world.hub.servers[world.servers[here].uuid]
+        world.hub.handle(known.link, m.Changed([], [], [], (), (chunk,)))
+        (free,) = {0, 1, 2} - {here, there}
+        await healed(world, lambda h: until(lambda: holders(world, chunk) == sorted({there, free})))
+        (replicated,), (drop,), (gone,) = map(world.of, (m.Replicate, ops.DropCopy, m.Destroy))
+        assert replicated < drop < gone and known.leaving == set()
+        world.check()
+
+    asyncio.run(story())
