@@ -237,7 +237,10 @@ class ChunkStore:
         finally:
             if by != "scrub":
                 copy.disk.used_at = time.monotonic()
-            (self._table.put_down if unused else self._table.leave)(copy)
+            if unused:
+                self._table.put_down(copy)
+            else:
+                self._table.leave(copy, is_client=by != "scrub")
 
     def _check_usable(self, copy: Copy, version: int | None, by: str) -> None:
         if copy.gone:

@@ -182,15 +182,19 @@ class CopyTable:
             with self._lock:  # somebody has come, or it cannot rest
                 self._opened[copy.chunk] = copy
 
-    def leave(self, copy: Copy) -> None:
-        """The caller is done with it (and holds its lock no more)."""
+    def leave(self, copy: Copy, *, is_client: bool = True) -> None:
+        """The caller is done with it (and holds its lock no more). Whoever serves no client does
+        not put off its coming to rest.
+        """
         evicted = None
         with self._lock:
             copy.users -= 1
-            copy.used_at = time.monotonic()
+            if is_client:
+                copy.used_at = time.monotonic()
             if copy.gone:
                 return
-            self._active.move_to_end(copy.chunk)
+            if is_client:
+                self._active.move_to_end(copy.chunk)
             if copy.is_open:
                 self._opened[copy.chunk] = copy
                 self._opened.move_to_end(copy.chunk)

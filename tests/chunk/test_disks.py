@@ -158,7 +158,9 @@ def test_copies_leave_a_disk_that_is_marked_and_nothing_new_comes(tmp_path: Path
     store.disks()[1].leaving = "anywhere"
     write(store, 13, 0, b"in use")  # not at rest: it has to wait
     truth[13] = b"in use" + truth[13][6:]
+    used_at = store._table._active[13].used_at
     assert mover.empty(1) == 4 and store.copies_on(1) == 1
+    assert store._table._active[13].used_at == used_at, "or it would never come to rest"
     assert list((tmp_path / "b").glob("??/*")) == [chunk_file(tmp_path / "b", 13)]
     write(store, 30, 0, b"new")
     store.rest_idle(-1.0)
