@@ -284,6 +284,12 @@ class ChunkHub:
             if s.for_new > CHUNK_SIZE and s.suspect_until < time.monotonic()
         ]
 
+    def is_full(self) -> bool:
+        """Whether all servers are there and none has room: waiting would not help."""
+        servers = self.fenced_servers()
+        full = all(0 <= s.room <= CHUNK_SIZE for s in servers)
+        return full and bool(servers) and self.all_connected()
+
     def suspect(self, uuid: bytes) -> None:
         """A client's write failed there: give it no new chunks for a while."""
         if uuid in self.servers:

@@ -20,6 +20,7 @@ servers hold the committed version (`_proven`): then no copy elsewhere can prete
 
 import asyncio
 import contextlib
+import errno
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -162,7 +163,8 @@ class Grants:
     async def grant(self, session: int, ask: m.WriteChunk) -> m.ChunkMap:
         """Lock a chunk for the session and give the copies that it must write.
 
-        ReplyError: LOCKED (another session writes), NO_SERVERS, NO_COPIES, or apply's errno.
+        ReplyError: LOCKED (another session writes), NO_SERVERS, ENOSPC, NO_COPIES, or apply's
+        errno.
         """
         async with self.lock(ask.inode, ask.index):
             chunk, _ = read.file_chunk(self._rows, ask.inode, ask.index)
@@ -219,7 +221,7 @@ class Grants:
         goal = read.getattr(self._rows, ask.inode).goal
         servers = choose_servers(self._hub.candidates(), goal, ask.failed, self._draw)
         if not servers:
-            raise ReplyError(Status.NO_SERVERS)
+            raise ReplyError(errno.ENOSPC if self._hub.is_full() else Status.NO_SERVERS)
         granted = await self._commit_grant(session, ask, replace=replace)
         self._proven[granted.chunk] = frozenset(servers)
         self._expected[granted.chunk] = tuple(servers)

@@ -157,7 +157,7 @@ def test_a_disk_is_marked_emptied_and_pulled(cluster: ScenarioCluster, hdds: int
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
 def test_a_full_disk_is_an_error_for_the_writer_and_tears_nothing(tmp_path: Path) -> None:
     made = ScenarioCluster(tmp_path, free_port_base())
-    made.expect(*KILLED, "disk refuses")
+    made.expect(*KILLED, "disk refuses", "write refused by master", "written data lost")
     with small_disk(made.dir / "cs1/hdd1", "430M"):
         try:
             made.raftfs("cluster", "up", "--port-base", str(made.port_base), "--mount",
@@ -187,7 +187,7 @@ def _until_full(made: ScenarioCluster) -> None:
     assert equal(content), "what was synced before"
     made.remount()
     assert equal(content)
-    for path in list(content)[:6]:
+    for path in list(content)[: 3 * len(content) // 4]:
         path.unlink()
         del content[path]
 

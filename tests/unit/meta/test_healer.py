@@ -1,8 +1,11 @@
 """Healing: copies are added up to the goal, and none is destroyed that no entry condemned."""
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+import pytest
 
 from raftfs.errors import ReplyError, Status
 from raftfs.meta.healer import Healer, HealingConfig
@@ -295,5 +298,24 @@ def test_copies_on_a_disk_to_be_pulled_are_made_elsewhere_before_they_go() -> No
         (replicated,), (drop,), (gone,) = map(world.of, (m.Replicate, ops.DropCopy, m.Destroy))
         assert replicated < drop < gone and known.leaving == set()
         world.check()
+
+    asyncio.run(story())
+
+
+def test_a_writer_hears_at_once_that_all_disks_are_full_but_waits_for_a_server() -> None:
+    async def story() -> None:
+        world = Recorded(servers=2, goal=2)
+        grants = await world.elect()
+
+        async def refused() -> int:
+            for server in world.hub.servers.values():
+                world.hub.handle(server.link, m.Space(1000, 1000, 0, (), 0))
+            with pytest.raises(ReplyError) as e:
+                await grants.grant(world.session, m.WriteChunk(world.inode, 0, []))
+            return e.value.status
+
+        assert await refused() == errno.ENOSPC
+        world.crash(world.servers[1])
+        assert await refused() == Status.NO_SERVERS
 
     asyncio.run(story())
