@@ -73,7 +73,12 @@ def test_a_dying_disk_is_told_with_evidence_and_takes_nothing_new(tmp_path: Path
     store.rest_idle(-1.0)
     told: list[Damage] = []
     made: list[CopyId] = []
-    store.report = lambda new, gone, damaged: (told.extend(damaged), made.extend(new))  # type: ignore
+
+    def report(new: list[CopyId], gone: list[CopyId], damaged: list[Damage]) -> None:
+        told.extend(damaged)
+        made.extend(new)
+
+    store.report = report
     door.sick = tmp_path / "b"
     for chunk in (11, 13, 15):
         assert len(told) == (chunk - 11) // 2, "one bad sector is one copy's end only"
@@ -241,7 +246,12 @@ def test_stories_of_a_whole_disk_are_sent_in_slices(
     store.rest_idle(-1.0)
     sizes: list[int] = []
     told: list[Damage] = []
-    store.report = lambda new, gone, damaged: (sizes.append(len(damaged)), told.extend(damaged))  # type: ignore
+
+    def report(new: list[CopyId], gone: list[CopyId], damaged: list[Damage]) -> None:
+        sizes.append(len(damaged))
+        told.extend(damaged)
+
+    store.report = report
     door.sick = tmp_path / "b"
     for chunk in (11, 13, 15):
         with pytest.raises(ReplyError):
