@@ -98,7 +98,7 @@ async def serve(args: argparse.Namespace, stop: daemon.Stop) -> None:
                                 scrubber.disk_statuses, tuner(store, scrubber))  # fmt: skip
             scrubber.start()
             mover.start()
-            await _serve(store, server, links, stop)
+            await _serve(store, scrubber, server, links, stop)
         finally:
             await asyncio.to_thread(mover.stop)
             await asyncio.to_thread(scrubber.stop)
@@ -108,8 +108,9 @@ async def serve(args: argparse.Namespace, stop: daemon.Stop) -> None:
 
 
 async def _serve(
-    store: ChunkStore, server: DataServer, links: MasterLinks, stop: daemon.Stop
-) -> None:
+    store: ChunkStore, scrubber: Scrubber, server: DataServer, links: MasterLinks,
+    stop: daemon.Stop,
+) -> None:  # fmt: skip
     links.start()
     log.info("chunkserver serves", server=store.server.hex(), port=server.port, copies=len(store))
     stopping: asyncio.Future[Any] = asyncio.ensure_future(stop.wait())
@@ -121,6 +122,7 @@ async def _serve(
             if links.failed.done():
                 links.failed.result()
             await asyncio.to_thread(store.rest_idle)
+            await asyncio.to_thread(scrubber.clean)
     finally:
         stopping.cancel()
         await links.stop()

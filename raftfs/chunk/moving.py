@@ -8,6 +8,7 @@ in between leaves a `.part` file, or two files of one chunk, of which the store 
 Task: one thread, which looks at the marks every `LOOK_S`.
 """
 
+import errno
 import threading
 import time
 from contextlib import suppress
@@ -19,7 +20,7 @@ from raftfs.chunk import layout
 from raftfs.chunk.chunkfile import DamageError
 from raftfs.chunk.store import ChunkStore
 from raftfs.const import MIB
-from raftfs.errors import ReplyError, Status
+from raftfs.errors import ReplyError
 
 log = structlog.get_logger("raftfs.moving")
 
@@ -64,7 +65,7 @@ class Mover:
             try:
                 moved += self._move(chunk)
             except ReplyError as e:
-                if e.status not in (Status.BUSY, Status.NO_CHUNK, Status.BAD_CRC):
+                if e.status == errno.ENOSPC:  # else it is gone, or damaged, which has been told
                     self._tell_stuck(number, str(e))
                     self._store.push(number, away=self._store.disks()[number].leaving != "local")
                     break

@@ -91,7 +91,7 @@ class Quarantine:
         """What was set aside, the oldest first."""
         found = []
         for path in self._files(".mfs"):
-            with suppress(OSError):  # it was dropped just now
+            with suppress(OSError, ValueError, IndexError):  # dropped just now, or a stranger
                 stat, story_file = path.stat(), path.with_suffix(_STORY)
                 since = float(path.name.split(".")[1]) / 1000
                 found.append(Kept(path, stat.st_blocks * 512, since, read_story(story_file)))
@@ -134,6 +134,9 @@ class Quarantine:
         try:
             return [p for p in self.folder.iterdir() if p.name.endswith(suffix)]
         except FileNotFoundError:
+            return []
+        except OSError as e:
+            log.error("quarantine not readable", folder=str(self.folder), reason=str(e))
             return []
 
     def _write(self, path: Path, story: Damage) -> None:

@@ -2,8 +2,8 @@
 asks for it, and while there is still a good copy.
 
 A thread for each disk. A cycle visits the disk's copies in the order of their chunks; before it,
-the folders are looked through for files that are no copies (`strangers.py`), and old files leave
-the quarantine. What is found is told by the store, which knows what to do with a damaged copy.
+the folders are looked through for files that are no copies (`strangers.py`). What is found is told
+by the store, which knows what to do with a damaged copy.
 
 The scrub reads `mib_s` MiB a second at most, and stands back while clients use the disk, but never
 for longer than `YIELD_MAX_S` before the next MiB: a disk that is always busy is scrubbed, too.
@@ -33,6 +33,7 @@ PAUSE_S = 60.0  # between two cycles at least: a small disk is not read without 
 QUIET_S = 0.05  # a disk that no client used for so long is free
 YIELD_MAX_S = 0.25
 SAVE_EVERY_S = 30.0
+CLEAN_EVERY_S = 600.0
 _SLICE = MIB
 _COPY_COST = 64 * 1024  # bytes that opening a file counts as, for the rate
 _STOP_S = 10.0
@@ -96,7 +97,6 @@ class DiskScrub:
     def __init__(self, store: ChunkStore, number: int, mib_s: float) -> None:
         self._store, self._number = store, number
         self.disk = store.disks()[number]
-        self._quarantine = store.quarantines()[number]
         self.pace = Pace(mib_s)
         self.state = ScrubState(self.disk.path)
         self.damaged = 0  # found since the start
@@ -121,12 +121,7 @@ class DiskScrub:
         self.state.save()
 
     def _look_around(self) -> None:
-        strangers = take_in_strangers(self._store, self._number)
-        self.damaged += strangers
-        try:
-            self._quarantine.drop_old(now=time.time(), disk_bytes=self.disk.space()[0])
-        except OSError as e:
-            log.error("quarantine not cleaned", disk=str(self.disk.path), reason=str(e))
+        self.damaged += take_in_strangers(self._store, self._number)
 
     def _cycle(self) -> bool:
         """What is left of the cycle; whether it came to its end."""
@@ -184,6 +179,7 @@ class Scrubber:
 
     def __init__(self, store: ChunkStore, mib_s: float = DEFAULT_MIB_S) -> None:
         self._store = store
+        self._clean_at = 0.0
         self.disks = [DiskScrub(store, n, mib_s) for n in range(len(store.disks()))]
         self._threads = [
             threading.Thread(target=_loudly(disk.run), name=f"scrub-{n}", daemon=True)
@@ -217,6 +213,17 @@ class Scrubber:
         copies = store.copies_on(number)
         return DiskStatus(here, disk.label["disk"], total, used, copies, _state(disk, copies),
                           damaged, files, size, scrub.status(), disk.health.evidence)  # fmt: skip
+
+    def clean(self) -> None:
+        """Let what is old go from the quarantines. Called every second or so by one thread."""
+        if time.monotonic() < self._clean_at:
+            return
+        self._clean_at = time.monotonic() + CLEAN_EVERY_S
+        for scrub, quarantine in zip(self.disks, self._store.quarantines(), strict=True):
+            try:
+                quarantine.drop_old(now=time.time(), disk_bytes=scrub.disk.space()[0])
+            except OSError as e:
+                log.error("quarantine not cleaned", disk=str(scrub.disk.path), reason=str(e))
 
     def checked_at(self, chunk: int) -> float:
         """When the chunk's copy was checked last (seconds since the epoch); 0: not yet."""

@@ -25,9 +25,15 @@ log = structlog.get_logger("raftfs.strangers")
 def take_in_strangers(store: ChunkStore, number: int) -> int:
     """Deal with all of them on one disk; gives how many there were."""
     found = 0
-    for path in store.disks()[number].files():
-        if not _is_known(store, path):
-            found += take_in(store, number, path)
+    disk = store.disks()[number]
+    if disk.health.evidence:
+        return 0  # nothing on it is moved
+    try:
+        for path in disk.files():
+            if not _is_known(store, path):
+                found += take_in(store, number, path)
+    except OSError as e:
+        log.error("folders not readable", disk=str(disk.path), reason=str(e))
     return found
 
 

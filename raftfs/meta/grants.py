@@ -112,7 +112,10 @@ class Grants:
         found = self._hub.copies_of(chunk.id, fenced=fenced)
         for uuid in self._expected.get(chunk.id, ()):
             server = self._hub.servers.get(uuid)
-            if uuid not in found and server is not None and self._hub.is_fenced(server):
+            rotten = uuid in self._hub.damaged.get(chunk.id, ())
+            if uuid in found or rotten or server is None:
+                continue
+            if self._hub.is_fenced(server):
                 found[uuid] = chunk.version
         return found
 

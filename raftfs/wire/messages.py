@@ -334,7 +334,8 @@ class Damage(Record):
 
     `part`: data, table, header, name, file (gone), io (an I/O error), disk (the whole of it does
     not count). `block` -1: no one block.
-    `found_by`: read, write, order, scrub or start. `at`: seconds since the epoch.
+    `found_by`: read, write, order, scrub, start, rest (coming to it) or disk. `at`: seconds since
+    the epoch.
     """
 
     chunk: int

@@ -236,8 +236,14 @@ def test_the_quarantine_is_bounded_in_age_and_size(tmp_path: Path) -> None:
     assert quarantine.drop_old(now=oldest.since + 7 * 86_400 - 1, disk_bytes=1 << 40) == 0
     assert quarantine.drop_old(now=oldest.since + 7 * 86_400, disk_bytes=1 << 40) == 1
     assert quarantine.drop_old(now=newest.since, disk_bytes=10 * newest.size) == 1
+    (quarantine.folder / "stranger.mfs").touch()
     assert [k.path for k in quarantine.kept()] == [newest.path]
+    (quarantine.folder / "stranger.mfs").unlink()
     assert len(list(quarantine.folder.iterdir())) == 2
+    old = newest.path.with_name(newest.path.name.replace(newest.path.name.split(".")[1], "1000"))
+    newest.path.rename(old)
+    Scrubber(store, 0.0).clean()  # whether there is a scrub or not
+    assert not old.exists()
     store.close()
 
 
