@@ -27,7 +27,13 @@ _MARK_AROUND = (1, 32, 128)
 
 
 class DamageError(RaftfsError):
-    """Bytes on the disk are not what was written; the message says where."""
+    """Bytes on the disk are not what was written; the message says where. As in `wire.Damage`."""
+
+    def __init__(
+        self, part: str, text: str, block: int = -1, expected: str = "", found: str = ""
+    ) -> None:
+        self.part, self.block, self.expected, self.found = part, block, expected, found
+        super().__init__(text)
 
 
 class UnfinishedError(RaftfsError):
@@ -91,10 +97,13 @@ class ChunkFile:
         self._new_name = self._unsynced = True
         self._door.pwrite(self._fd, [self._header.pack_page(), self._table.page()], 0)
 
-    def open(self, cluster: bytes) -> None:
-        """Have the file open; settle what an unclean stop left. Damage if it is not what it was."""
+    def open(self, cluster: bytes, path: Path | None = None) -> None:
+        """Have the file open; settle what an unclean stop left. Damage if it is not what it was.
+
+        `path`: where it is just now, if not under its own name.
+        """
         if self._fd < 0:
-            self._fd = self._door.open(self.path)
+            self._fd = self._door.open(path or self.path)
         if self._header is None:
             try:
                 self._load(cluster)
@@ -103,19 +112,11 @@ class ChunkFile:
                 raise
 
     def _load(self, cluster: bytes) -> None:
-        page = memoryview(bytearray(DATA_OFFSET))
-        got = self._door.pread(self._fd, page, 0)
-        if not got:
-            raise UnfinishedError
-        try:
-            header = Header.unpack(page[: min(got, HEADER_SIZE)])
-            self._table = CrcTable(page[TABLE_OFFSET:got])
-        except layout.LayoutError as e:
-            raise DamageError(str(e)) from None
-        if header.chunk != self.chunk or header.version < self.version:
-            raise DamageError(f"the file holds {header.chunk:016X}_{header.version:08X}")
+        header, self._table = self._read_head()
+        self._check_name(header)
         if cluster and header.cluster not in (cluster, bytes(16)):
-            raise DamageError(f"the file belongs to cluster {header.cluster.hex()}")
+            raise DamageError("header", f"the file belongs to cluster {header.cluster.hex()}", -1,
+                              cluster.hex(), header.cluster.hex())  # fmt: skip
         data_bytes = max(0, self._door.size(self._fd) - DATA_OFFSET)
         self._garbage_end = -(-data_bytes // BLOCK_SIZE)
         self._synced, self._durable_marks, self._mark_syncs = header.written, 0, 0
@@ -126,9 +127,48 @@ class ChunkFile:
             log.info("unfinished raise taken back", chunk=f"{self.chunk:016X}",
                      version=self.version, unfinished=header.version)  # fmt: skip
             header.version = self.version
-            self._write_header()
+            self._end_raise()
+        elif header.raised_from:  # stopped after the rename
+            self._door.sync_folder(self.path.parent)
+            self._end_raise()
         if header.dirty:
             self._settle()
+
+    def check_name(self) -> None:
+        """The file, which is not open yet, is of the chunk that its name says. DamageError."""
+        self._fd = self._door.open(self.path)
+        try:
+            self._check_name(self._read_head()[0])
+        finally:
+            self.close()
+
+    def _read_head(self) -> tuple[Header, CrcTable]:
+        """Header and table as they lie on the disk."""
+        page = memoryview(bytearray(DATA_OFFSET))
+        got = self._door.pread(self._fd, page, 0)
+        if not got:
+            raise UnfinishedError
+        try:
+            header = Header.unpack(page[: min(got, HEADER_SIZE)])
+        except layout.LayoutError as e:
+            raise DamageError("header", str(e)) from None
+        try:
+            return header, CrcTable(page[TABLE_OFFSET:got])
+        except layout.LayoutError as e:
+            raise DamageError("table", str(e)) from None
+
+    def _end_raise(self) -> None:
+        """The name is durable: from now on another version in it is damage."""
+        self.header.raised_from = 0
+        self._write_header()
+
+    def _check_name(self, header: Header) -> None:
+        """A name may lag behind the header only by a raise that was not finished."""
+        lags = header.version > self.version == header.raised_from
+        if header.chunk != self.chunk or (header.version != self.version and not lags):
+            holds = f"{header.chunk:016X}_{header.version:08X}"
+            raise DamageError("name", f"the file holds {holds}", -1,
+                              f"{self.chunk:016X}_{self.version:08X}", holds)  # fmt: skip
 
     def _settle(self) -> None:
         """Blocks that were being changed at an unclean stop: their bytes are what was written."""

@@ -20,12 +20,33 @@ the file and settles it (`abandon`).
 All methods are called with `lock` held. They raise `DamageError`, ReplyError or OSError.
 """
 
+from pathlib import Path
+from typing import NamedTuple
+
 from raftfs.chunk import layout
 from raftfs.chunk.chunkfile import ZEROS, ChunkFile, DamageError
 from raftfs.chunk.layout import DATA_OFFSET
 from raftfs.const import BLOCK_SIZE
 from raftfs.errors import ReplyError, Status
 from raftfs.wire.frame import ZERO_BLOCK_CRC, crc32, piece_crcs
+
+
+class Resting(NamedTuple):
+    """A copy at rest, as it lies on the disk."""
+
+    path: Path
+    version: int
+    token: int
+    header: layout.Header
+    table: layout.CrcTable
+
+    def is_still(self, other: "Resting | None") -> bool:
+        """Whether nothing has changed."""
+        return (
+            other is not None and self[:3] == other[:3]
+            and self.header.pack() == other.header.pack()
+            and self.table.page() == other.table.page()
+        )  # fmt: skip
 
 
 class Copy(ChunkFile):
@@ -51,8 +72,8 @@ class Copy(ChunkFile):
             if not touched >> at & 1:
                 block[:] = ZEROS[:BLOCK_SIZE]
                 crcs[at] = ZERO_BLOCK_CRC
-            elif crc32(block) != crcs[at]:
-                raise self._mismatch(first + at)
+            elif (found := crc32(block)) != crcs[at]:
+                raise _mismatch(first + at, crcs[at], found)
         start = offset - first * BLOCK_SIZE
         data = view[start : start + length]
         head_bytes = min(length, BLOCK_SIZE - start)
@@ -63,8 +84,46 @@ class Copy(ChunkFile):
             crcs[-1] = crc32(data[-tail_bytes:])
         return data, crcs
 
-    def _mismatch(self, block: int) -> DamageError:
-        return DamageError(f"block {block} does not match its checksum")
+    def resting(self) -> "Resting | None":
+        """What it is, if nothing of it is being changed."""
+        if not self.at_rest:
+            return None
+        return Resting(self.path, self.version, self.header.lock, *self._read_head())
+
+    def check_head(self) -> None:
+        """Header and table on the disk are what we go by. DamageError."""
+        header, table = self._read_head()
+        ours = self.header
+        if table.full_page(ours.written) != self._table.full_page(ours.written):
+            raise DamageError("table", "the table on the disk is not the one in memory")
+        for field in ("chunk", "version", "cluster", "written", "dirty"):
+            expected, found = getattr(ours, field), getattr(header, field)
+            if expected != found:
+                raise DamageError("header", f"the header's {field} is not the one in memory", -1,
+                                  str(expected), str(found))  # fmt: skip
+
+    def check_blocks(self, first: int, into: memoryview, *, cold: bool) -> tuple[int, int]:
+        """Blocks from `first` on, as many as `into` has room for, match their checksums: gives the
+        block to go on with (0: that was all) and the bytes read. DamageError.
+
+        `cold`: the page cache is not asked, and not filled.
+        """
+        runs = layout.runs_of(self.header.written >> first << first, len(into) // BLOCK_SIZE)
+        if not runs:
+            return 0, 0
+        start, count = runs[0]
+        offset, length = DATA_OFFSET + start * BLOCK_SIZE, count * BLOCK_SIZE
+        if cold:
+            self._door.forget_cached(self._fd, offset, length)
+        view = into[:length]
+        self._fill(view, start)
+        if cold:
+            self._door.forget_cached(self._fd, offset, length)
+        for at, crc in enumerate(self._table.get(start, count)):
+            found = crc32(view[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE])
+            if found != crc:
+                raise _mismatch(start + at, crc, found)
+        return (start + count if len(runs) > 1 else 0), length
 
     def block_list(self) -> bytes:
         """CRC table and written bitmap, as `ListBlocks` asks."""
@@ -116,8 +175,9 @@ class Copy(ChunkFile):
         if self.header.written >> block & 1:
             old = memoryview(bytearray(BLOCK_SIZE))
             self._fill(old, block)
-            if crc32(old) != self._table.get(block, 1)[0]:
-                raise self._mismatch(block)
+            found, expected = crc32(old), self._table.get(block, 1)[0]
+            if found != expected:
+                raise _mismatch(block, expected, found)
         else:
             old = ZEROS[:BLOCK_SIZE]
         crc = crc32(piece, crc32(old[:start])) if start else piece_crc
@@ -186,6 +246,7 @@ class Copy(ChunkFile):
         """Become a higher version, durably: header, then name. `version` follows the name."""
         header = self.header
         old = self.path
+        header.raised_from = self.version
         header.version, header.lock = version, max(header.lock, token)
         self._write_header()
         self._sync_file()
@@ -194,6 +255,7 @@ class Copy(ChunkFile):
         self.version, self._new_name = version, True
         self._door.sync_folder(new.parent)
         self._new_name = False
+        self._end_raise()
 
     def fence(self, token: int) -> None:
         """Refuse writes under lower tokens from now on; durably."""
@@ -201,3 +263,10 @@ class Copy(ChunkFile):
             self._check_token(token)
             self._write_header()
             self._sync_file()
+
+
+def _mismatch(block: int, expected: int, found: int) -> DamageError:
+    # A flipped bit of data changes about half of the checksum's bits; one of the table just one.
+    part = "table" if (expected ^ found).bit_count() == 1 else "data"
+    return DamageError(part, f"block {block} does not match its checksum", block,
+                       f"crc {expected:08x}", f"crc {found:08x}")  # fmt: skip

@@ -22,6 +22,7 @@ import cbor2
 import structlog
 
 from raftfs.chunk import layout
+from raftfs.chunk.diskhealth import DiskHealth
 from raftfs.chunk.door import FileDoor
 from raftfs.chunk.unrest import UNREST
 from raftfs.const import DISK_LEAVE_FREE
@@ -39,10 +40,16 @@ _FOLDERS = [f"{number:02X}" for number in range(256)]
 class Disk:
     """A folder for chunks, locked for this process until `close`."""
 
-    def __init__(self, path: Path, *, leave_free: int = DISK_LEAVE_FREE) -> None:
-        """UserError if the folder cannot be used, is in use, or its label is no good."""
+    def __init__(
+        self, path: Path, *, leave_free: int = DISK_LEAVE_FREE, limit: int = 0, leaving: str = ""
+    ) -> None:
+        """UserError if the folder cannot be used, is in use, or its label is no good. `limit` and
+        `leaving` as in `conf.hdd.HddLine`.
+        """
         self.path = path
-        self._leave_free = leave_free
+        self.used_at = 0.0  # when a client's request came last (monotonic)
+        self.leave_free, self.limit, self.leaving = leave_free, limit, leaving
+        self.is_pushed = False  # what is left on it must go to other servers
         self._label_lock = threading.Lock()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -53,6 +60,7 @@ class Disk:
             self._take_lock()
             self.label = self._read_label()
             self.device = os.stat(path).st_dev
+            self.health = DiskHealth(path)
         except BaseException:
             os.close(self._lock)
             raise
@@ -139,30 +147,51 @@ class Disk:
     # --- files
 
     def copies(self) -> Iterator[tuple[int, int]]:
-        """Chunk and version of every file, by name alone; unfinished replications are removed."""
+        """Chunk and version of every file, by name alone; unfinished replications are removed.
+
+        Files under names that cannot be theirs are left for `strangers.py`.
+        """
         for name in _FOLDERS:
             with contextlib.suppress(FileNotFoundError), os.scandir(self.path / name) as entries:
                 for entry in entries:
                     found = layout.parse_name(entry.name)
-                    if found is not None:
+                    if found is not None and layout.folder_of(found[0]) == name:
                         yield found
                     elif entry.name.endswith(layout.PART_SUFFIX):
                         os.unlink(entry.path)
 
+    def files(self) -> Iterator[Path]:
+        """Every file in the chunks' folders, whatever its name; no unfinished replications."""
+        for name in _FOLDERS:
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.path / name) as entries:
+                for entry in entries:
+                    whole = not entry.name.endswith(layout.PART_SUFFIX)
+                    if whole and entry.is_file(follow_symlinks=False):
+                        yield Path(entry.path)
+
     def space(self) -> tuple[int, int]:
-        """Bytes in all and bytes used of the disk's file system. OSError if the disk is gone."""
+        """Bytes in all (at most the limit) and bytes used of the disk's file system. OSError if
+        the disk is gone.
+        """
         stat = os.statvfs(self.path)
         total = stat.f_blocks * stat.f_frsize
-        return total, total - stat.f_bavail * stat.f_frsize
+        used = total - stat.f_bavail * stat.f_frsize
+        if self.limit:  # what must stay free stays, too
+            total = min(self.limit, total - self.leave_free)
+        return max(total, used), used
 
     def room(self) -> int:
-        """Bytes that new copies may take: what is free, less what must stay free."""
+        """Bytes that new copies may take: what is free, less what must stay free. None on a disk
+        that is damaged or marked for removal.
+        """
+        if self.leaving or self.health.evidence:
+            return 0
         try:
             total, used = self.space()
         except OSError as e:
             log.error("disk does not answer", disk=str(self.path), reason=str(e))
             return 0
-        return max(0, total - used - self._leave_free)
+        return max(0, total - used - (0 if self.limit else self.leave_free))
 
     def close(self) -> None:
         """Unlock."""

@@ -64,6 +64,10 @@ class FileDoor:
         finally:
             os.close(fd)
 
+    def forget_cached(self, fd: int, offset: int, length: int) -> None:
+        """The next read of this range asks the disk. A hint."""
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
     def flush_disk(self, path: Path) -> None:
         """Have the file system write out what it has, so that single syncs after it are cheap.
 

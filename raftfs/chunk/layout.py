@@ -8,6 +8,7 @@
              36   highest grant (fencing token) that wrote or raised the copy, 8 bytes
              44   written bitmap, 128 bytes: bit i, least significant first, for block i
              172  dirty bitmap, 128 bytes
+             300  version before a raise whose name has not followed yet, 0: none, 4 bytes
              508  CRC32 of the 508 bytes before
              512  zeros
     4096   CRC table: 1,024 CRC32, each of a 64 KiB block, missing bytes counting as zeros
@@ -40,10 +41,9 @@ BITMAP_BYTES = BLOCKS_PER_CHUNK // 8
 VERSION_MAX = 2**32 - 1
 CHUNK_ID_MAX = 2**64 - 1
 PART_SUFFIX = ".part"  # a replication that is not complete
-DAMAGED_SUFFIX = ".damaged"  # a copy that was moved aside
 
 _MAGIC = b"RFSC 1.1"
-_FIXED = struct.Struct(f">8sQI16sQ{BITMAP_BYTES}s{BITMAP_BYTES}s")
+_FIXED = struct.Struct(f">8sQI16sQ{BITMAP_BYTES}s{BITMAP_BYTES}sI")
 _CRC_AT = SECTOR - 4
 _PADDING = bytes(_CRC_AT - _FIXED.size)
 _REST = bytes(HEADER_SIZE - SECTOR)
@@ -58,21 +58,21 @@ class LayoutError(RaftfsError):
 class Header:
     """What the header page says; bitmaps are integers, bit i for block i."""
 
-    __slots__ = ("chunk", "cluster", "dirty", "lock", "version", "written")
+    __slots__ = ("chunk", "cluster", "dirty", "lock", "raised_from", "version", "written")
 
     def __init__(
         self, chunk: int, version: int, cluster: bytes, lock: int = 0, written: int = 0,
-        dirty: int = 0,
+        dirty: int = 0, raised_from: int = 0,
     ) -> None:  # fmt: skip
         self.chunk, self.version, self.cluster, self.lock = chunk, version, cluster, lock
-        self.written, self.dirty = written, dirty
+        self.written, self.dirty, self.raised_from = written, dirty, raised_from
 
     def pack(self) -> bytes:
         """The header's sector; what follows up to HEADER_SIZE is zeros."""
         body = _FIXED.pack(
             _MAGIC, self.chunk, self.version, self.cluster, self.lock,
             self.written.to_bytes(BITMAP_BYTES, "little"),
-            self.dirty.to_bytes(BITMAP_BYTES, "little"),
+            self.dirty.to_bytes(BITMAP_BYTES, "little"), self.raised_from,
         ) + _PADDING  # fmt: skip
         return body + crc32(body).to_bytes(4, "big")
 
@@ -88,12 +88,12 @@ class Header:
         crc = int.from_bytes(page[_CRC_AT:SECTOR], "big")
         if crc32(page[:_CRC_AT]) != crc or page[SECTOR:] != _REST:
             raise LayoutError("the chunk's header is damaged")
-        magic, chunk, version, cluster, lock, written, dirty = _FIXED.unpack_from(page)
+        magic, chunk, version, cluster, lock, written, dirty, before = _FIXED.unpack_from(page)
         if magic != _MAGIC:
             raise LayoutError("not a chunk file of this format")
         return cls(
             chunk, version, cluster, lock,
-            int.from_bytes(written, "little"), int.from_bytes(dirty, "little"),
+            int.from_bytes(written, "little"), int.from_bytes(dirty, "little"), before,
         )  # fmt: skip
 
 
@@ -117,6 +117,14 @@ class CrcTable:
         raw = bytes(self._page[4 * first : 4 * (first + len(crcs))])
         return raw, TABLE_OFFSET + 4 * first
 
+    def fits(self, first: int, blocks: memoryview) -> bool:
+        """Whether whole blocks from `first` on have these checksums."""
+        crcs = self.get(first, len(blocks) // BLOCK_SIZE)
+        return all(
+            crc32(blocks[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE]) == crc
+            for at, crc in enumerate(crcs)
+        )
+
     def page(self) -> bytes:
         """The whole table."""
         return bytes(self._page)
@@ -132,7 +140,12 @@ class CrcTable:
 
 def file_name(chunk: int, version: int) -> str:
     """Path of a chunk file below its disk's folder."""
-    return f"{chunk & 0xFF:02X}/chunk_{chunk:016X}_{version:08X}.mfs"
+    return f"{folder_of(chunk)}/chunk_{chunk:016X}_{version:08X}.mfs"
+
+
+def folder_of(chunk: int) -> str:
+    """The folder of a chunk's files below its disk's."""
+    return f"{chunk & 0xFF:02X}"
 
 
 def parse_name(name: str) -> tuple[int, int] | None:
@@ -165,6 +178,11 @@ def runs_of(bitmap: int, longest: int = BLOCKS_PER_CHUNK) -> list[tuple[int, int
         else:
             runs.append((block, 1))
     return runs
+
+
+def place_of(first: int, count: int) -> tuple[int, int]:
+    """Offset in the file, and length, of blocks."""
+    return DATA_OFFSET + first * BLOCK_SIZE, count * BLOCK_SIZE
 
 
 def block_span(offset: int, length: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ FETCH_THREADS for replications.
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -20,7 +21,7 @@ import structlog
 
 from raftfs import __version__
 from raftfs.chunk.fetch import discard, fetch
-from raftfs.chunk.store import ChunkStore
+from raftfs.chunk.store import REPORT_SLICE, ChunkStore
 from raftfs.chunk.terms import TermGate
 from raftfs.client.chunk import ChunkPool
 from raftfs.const import HEARTBEAT_S
@@ -36,7 +37,6 @@ log = structlog.get_logger("raftfs.masterlink")
 ORDER_THREADS = 8
 FETCH_THREADS = 4
 FETCHES_MAX = 64  # more are answered BUSY: the leader asks again, or another server
-_REPORT_SLICE = 10_000
 _CALL_TIMEOUT_S = 5.0
 _AGAIN_S = (0.2, 0.4, 0.7, 1.0)  # delays before connecting again
 _SPACE_AGE_S = 0.5
@@ -52,7 +52,12 @@ class MasterLinks:
         masters: list[tuple[str, int]],
         announce: tuple[str, int],
         key: ClusterKey,
+        disks: Callable[[], list[m.DiskStatus]] = list,
+        tune: Callable[[str, str], None] = lambda action, value: None,
     ) -> None:
+        """`tune(action, value)`: as in `wire.Tune`; called in a thread."""
+        self._disks = disks
+        self._tune = tune
         self._store = store
         self._masters = list(masters)
         self._announce = announce
@@ -71,6 +76,7 @@ class MasterLinks:
         self._accepted = False  # some master has taken us: we are in the right cluster
         self.failed: asyncio.Future[None] = self._loop.create_future()
         store.report = self._report
+        store.report_leaving = self._report_leaving
 
     def start(self) -> None:
         """Begin to connect."""
@@ -97,11 +103,20 @@ class MasterLinks:
     # --- reports
 
     def _report(
-        self, made: list[m.CopyId], gone: list[m.CopyId], damaged: list[m.CopyId]
+        self, made: list[m.CopyId], gone: list[m.CopyId], damaged: list[m.Damage]
     ) -> None:
         """Called by any thread, at the change, under the copy's lock."""
+        copies = [m.CopyId(d.chunk, d.version) for d in damaged]
+        stories = tuple(damaged)
         with suppress(RuntimeError):  # the loop has ended: nobody is told any more
-            self._loop.call_soon_threadsafe(self._tell, m.Changed(made, gone, damaged))
+            self._loop.call_soon_threadsafe(self._tell, m.Changed(made, gone, copies, stories))
+
+    def _report_leaving(self, chunks: list[int], leaving: bool) -> None:
+        """As `_report`."""
+        told, none = tuple(chunks), ()
+        change = m.Changed([], [], [], (), *((told, none) if leaving else (none, told)))
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._tell, change)
 
     def _tell(self, change: m.Changed) -> None:
         for pending in self._pending.values():
@@ -170,9 +185,17 @@ class MasterLinks:
         # fine: the master takes a report of what it knows for none).
         self._pending[link] = []
         copies = await asyncio.to_thread(store.copies)
-        for start in range(0, len(copies), _REPORT_SLICE):
-            part = copies[start : start + _REPORT_SLICE]
+        for start in range(0, len(copies), REPORT_SLICE):
+            part = copies[start : start + REPORT_SLICE]
             await link.call(m.Copies(part), _CALL_TIMEOUT_S)
+        damages = await asyncio.to_thread(store.damages)
+        for start in range(0, len(damages), REPORT_SLICE):
+            stories = tuple(damages[start : start + REPORT_SLICE])
+            await link.call(m.Copies([], stories), _CALL_TIMEOUT_S)
+        leaving = await asyncio.to_thread(store.leaving)
+        for start in range(0, len(leaving), REPORT_SLICE):
+            chunks = tuple(leaving[start : start + REPORT_SLICE])
+            await link.call(m.Copies([], (), chunks), _CALL_TIMEOUT_S)
         await link.call(await self._measure(), _CALL_TIMEOUT_S)
         # no await from here until the link is among those that are told of changes
         for change in self._pending.pop(link):
@@ -186,7 +209,9 @@ class MasterLinks:
             return self._space
         self._space_at = time.monotonic()  # several links: one of them measures
         total, used = await asyncio.to_thread(self._store.space)
-        self._space = m.Space(total, used, len(self._store))
+        disks = await asyncio.to_thread(self._disks)
+        self._space = m.Space(total, used, len(self._store), tuple(disks),
+                              await asyncio.to_thread(self._store.room))
         return self._space
 
     async def _heartbeat(self, link: Link) -> None:
@@ -218,6 +243,8 @@ class MasterLinks:
             await self._new_term(order.term)
         elif isinstance(order, m.Replicate):
             await self._replicate(order)
+        elif isinstance(order, m.Tune):
+            await self._loop.run_in_executor(self._orders, self._tune, order.action, order.value)
         else:
             await self._loop.run_in_executor(self._orders, self._obey, order)
 
@@ -235,11 +262,15 @@ class MasterLinks:
         await done.wait()  # ends: effects are system calls on copies, nothing remote
         log.info("term announced", term=term)
 
-    def _obey(self, order: m.RaiseVersion | m.Destroy) -> None:
+    def _obey(self, order: m.RaiseVersion | m.Destroy | m.SetAside | m.Confirm) -> None:
         """In a thread. Whatever it changed has been queued for report when this returns."""
         with self._gate.effect(order.term):
             if isinstance(order, m.RaiseVersion):
                 self._store.raise_version(order.chunk, order.version, order.lock)
+            elif isinstance(order, m.SetAside):
+                self._store.set_aside(order.chunk, order.version)
+            elif isinstance(order, m.Confirm):
+                self._store.confirm(order.chunk, order.version)
             else:
                 self._store.destroy(order.chunk, order.version)
 

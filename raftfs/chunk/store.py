@@ -5,18 +5,21 @@ Thread-safe: a copy's own lock serialises what happens to its file (see also `ta
 What changes a copy's existence or version is reported (`report`) while the copy's lock is held, so
 that reports of one chunk are in the order of its changes.
 
-A copy that turns out damaged leaves the store at once: its file is moved aside (`.damaged` is
-appended to the name) and the masters are told.
+A copy that turns out damaged does not count from then on, also after a restart: the masters are
+told its story. It stays where it is, and its good blocks can be read, until the leader knows of a
+good copy elsewhere (`set_aside`), or one was fetched; then it goes to the quarantine.
 
 A copy is deleted by a Destroy order, or when a newer one of its chunk, just verified, has taken
 its place; by nothing else (an empty file, of a stop while it was made, is no copy).
 """
 
 import errno
+import os
 import random
 import threading
 import time
 import uuid
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,25 +28,31 @@ import structlog
 
 from raftfs.chunk import layout
 from raftfs.chunk.chunkfile import DamageError, UnfinishedError
-from raftfs.chunk.copyfile import Copy
+from raftfs.chunk.copyfile import Copy, Resting
 from raftfs.chunk.disk import Disk
 from raftfs.chunk.door import FileDoor
+from raftfs.chunk.quarantine import Quarantine
 from raftfs.chunk.tables import IDLE_S, OPEN_FILES_MAX, CopyTable
 from raftfs.chunk.unrest import Unrest, boot_id
 from raftfs.const import BLOCK_SIZE, CHUNK_SIZE, DATA_PAYLOAD_MAX
-from raftfs.errors import ReplyError, Status, UserError
+from raftfs.errors import RaftfsError, ReplyError, Status, UserError
 from raftfs.wire.frame import piece_crcs
-from raftfs.wire.messages import CopyId
+from raftfs.wire.messages import CopyId, Damage
 
 log = structlog.get_logger("raftfs.chunkstore")
 
 REFRESH_S = 5.0  # so often, at most, the unrest files are brought up to date
+REPORT_SLICE = 10_000  # copies in one message to the masters
 READ_BUFFER = DATA_PAYLOAD_MAX + 2 * BLOCK_SIZE
 # Errors that say nothing of the disk's health.
 _NO_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}
 
 # made, gone, damaged: what the masters are told. Called by any thread; must not block.
-Report = Callable[[list[CopyId], list[CopyId], list[CopyId]], None]
+Report = Callable[[list[CopyId], list[CopyId], list[Damage]], None]
+
+
+# Chunks whose copies should have others on other servers, or no longer. As `Report`.
+ReportLeaving = Callable[[list[int], bool], None]
 
 
 class ChunkStore:
@@ -63,12 +72,14 @@ class ChunkStore:
         """
         self.door = door or FileDoor()
         self.report: Report = lambda made, gone, damaged: None
+        self.report_leaving: ReportLeaving = lambda chunks, leaving: None
         self._disks = disks
         self._draw = draw
         self._join_lock = threading.Lock()
         self._unrest = {d.path: Unrest(d.path, self.door, boot or boot_id()) for d in disks}
         self._refreshed_at = 0.0
         self._table = CopyTable(disks, self.door, open_files_max, self._io_failed, self._rested)
+        self._quarantines = [Quarantine(disk.path, self.door) for disk in disks]
         self.server: bytes = self._agree("server") or uuid.uuid4().bytes
         self.cluster: bytes = self._agree("cluster")
         for number, disk in enumerate(disks):
@@ -78,6 +89,14 @@ class ChunkStore:
             for chunk, version in copies:
                 self._found(chunk, version, number)
             self._unrest[disk.path].begin(chunk for chunk, _ in copies)
+        for number, quarantine in enumerate(self._quarantines):
+            for story in quarantine.in_place():
+                if self._table.place_of(story.chunk) == (story.version, number):
+                    self._table.damage(story.chunk, story)
+                else:
+                    quarantine.forget(story.chunk, story.version)
+            if disks[number].health.evidence:
+                self._disk_failed(number)
 
     def _agree(self, what: str) -> bytes:
         found = {d.label[what]: d.path for d in self._disks if d.label[what]}
@@ -90,16 +109,34 @@ class ChunkStore:
 
     def _found(self, chunk: int, version: int, number: int) -> None:
         """At start. Two files of one chunk are what a stop left of a replication over an older
-        copy: the newer was whole before it got its name, so the older is superseded.
+        copy: the newer was whole before it got its name, so the older is superseded. Unless one of
+        them is another chunk's, whose name has rotted; `strangers.py` will find it.
         """
         known = self._table.place_of(chunk)
         places = sorted([(version, number), *([known] if known else [])])
-        self._table.put(chunk, *places[-1])
-        if known:
-            old_version, old_disk = places[0]
-            path = self._disks[old_disk].path / layout.file_name(chunk, old_version)
-            log.warning("superseded copy moved aside", file=str(path), kept=places[1][0])
-            self._move_aside(path)
+        true = [p for p in places if len(places) > 1 and self._is_named_right(chunk, *p)] or places
+        self._table.put(chunk, *true[-1])
+        if len(true) > 1:
+            self._supersede_found(chunk, *true)
+
+    def _is_named_right(self, chunk: int, version: int, number: int) -> bool:
+        copy = Copy(self._disks[number], self.door, chunk, version)
+        try:
+            copy.check_name()
+        except (DamageError, UnfinishedError, OSError) as e:
+            log.warning("name and header differ", file=str(copy.path), reason=str(e))
+            return False
+        return True
+
+    def _supersede_found(self, chunk: int, old: tuple[int, int], new: tuple[int, int]) -> None:
+        path = self._disks[old[1]].path / layout.file_name(chunk, old[0])
+        log.warning("superseded copy set aside", file=str(path), kept=new[0])
+        story = Damage(chunk, old[0], str(self._disks[old[1]].path), "file", -1, str(new[0]),
+                       str(old[0]), "start", int(time.time()), "a newer copy was here")  # fmt: skip
+        try:
+            self._quarantines[old[1]].take(path, story)
+        except OSError as e:
+            log.error("superseded copy not set aside", file=str(path), reason=str(e))
 
     # --- the server's identity
 
@@ -148,8 +185,12 @@ class ChunkStore:
         return any(u.is_doubtful(chunk) for u in self._unrest.values())
 
     def version_of(self, chunk: int) -> int | None:
-        """The version of the copy, if there is one."""
-        return self._table.version_of(chunk)
+        """The version of the copy, if there is a good one."""
+        return None if self._table.damage_of(chunk) else self._table.version_of(chunk)
+
+    def damages(self) -> list[Damage]:
+        """The stories of all copies that are damaged and still in their place."""
+        return self._table.damages()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -163,18 +204,30 @@ class ChunkStore:
             except OSError as e:
                 log.error("disk does not answer", disk=str(disk.path), reason=str(e))
                 continue
-            total, used = total + of_disk[0], used + of_disk[1]
+            closed = disk.leaving or disk.health.evidence
+            total, used = total + of_disk[closed != ""], used + of_disk[1]
         return total, used
+
+    def room(self) -> int:
+        """Bytes that new copies may take; folders on one file system count once."""
+        rooms: dict[int, int] = {}
+        for disk in self._disks:
+            rooms[disk.device] = max(rooms.get(disk.device, 0), disk.room())
+        return sum(rooms.values())
 
     # --- having a copy in hand
 
     @contextmanager
-    def _held(self, chunk: int, version: int | None, *, create: bool = False) -> Iterator[Copy]:
-        """The open copy under its lock.
+    def _held(
+        self, chunk: int, version: int | None, by: str, *, create: bool = False
+    ) -> Iterator[Copy]:
+        """The open copy under its lock. `by`: as in `Damage.found_by`; a read may have a damaged
+        one.
 
         ReplyError: NO_CHUNK, WRONG_VERSION (also while the copy is doubtful, except for the leader,
-        who asks for no version), BAD_CRC (and the copy is moved aside), ENOSPC, DISK_ERROR.
+        who asks for no version), BAD_CRC (and the copy counts no more), ENOSPC, DISK_ERROR.
         """
+        unused = by == "scrub" and not self._table.is_active(chunk)
         copy = self._table.enter(chunk)
         if copy is None:
             if not create or version is None:
@@ -182,27 +235,39 @@ class ChunkStore:
             copy = self._create(chunk, version)
         try:
             with copy.lock:
-                if copy.gone:
-                    raise ReplyError(Status.NO_CHUNK)
-                doubtful = self._unrest[copy.disk.path].is_doubtful(chunk)
-                if version is not None and (doubtful or copy.version != version):
-                    raise ReplyError(Status.WRONG_VERSION)
+                self._check_usable(copy, version, by)
                 try:
                     copy.open(self.cluster)
                     yield copy
                 except DamageError as e:
-                    self._quarantine(copy, str(e))
+                    self._found_damaged(copy, by, e)
                     raise ReplyError(Status.BAD_CRC) from None
                 except UnfinishedError:
                     self._forget_unfinished(copy)
                     raise ReplyError(Status.NO_CHUNK) from None
                 except FileNotFoundError:
-                    self._quarantine(copy, "the file is missing")
+                    self._found_damaged(copy, by, DamageError("file", "the file is missing"))
                     raise ReplyError(Status.NO_CHUNK) from None
                 except OSError as e:
-                    raise self._io_failed(copy, e) from e
+                    raise self._io_failed(copy, e, by) from e
         finally:
-            self._table.leave(copy)
+            if by != "scrub":
+                copy.disk.used_at = time.monotonic()
+            if unused:
+                self._table.put_down(copy)
+            else:
+                self._table.leave(copy, is_client=by != "scrub")
+
+    def _check_usable(self, copy: Copy, version: int | None, by: str) -> None:
+        if copy.gone:
+            raise ReplyError(Status.NO_CHUNK)
+        doubtful = by != "scrub" and self._unrest[copy.disk.path].is_doubtful(copy.chunk)
+        if version is not None and (doubtful or copy.version != version):
+            raise ReplyError(Status.WRONG_VERSION)
+        story = self._table.damage_of(copy.chunk)
+        if story is not None and by != "read":
+            failing = story.part in ("disk", "io")
+            raise ReplyError(Status.DISK_ERROR if failing else Status.BAD_CRC)
 
     def _create(self, chunk: int, version: int) -> Copy:
         """A new copy, in use by the caller."""
@@ -222,7 +287,7 @@ class ChunkStore:
                 self._table.drop(copy)
                 with suppress(OSError):
                     self.door.unlink(copy.path)
-                raise self._io_failed(copy, e) from e
+                raise self._io_failed(copy, e, "write") from e
             self.report([CopyId(chunk, version)], [], [])
         return copy
 
@@ -239,14 +304,56 @@ class ChunkStore:
 
     # --- when something is wrong
 
-    def _quarantine(self, copy: Copy, reason: str) -> None:
-        log.error("copy damaged", chunk=f"{copy.chunk:016X}", version=copy.version,
-                  server=self.server.hex(), disk=str(copy.disk.path), reason=reason)  # fmt: skip
-        self._table.drop(copy)
-        self._decided(copy.chunk)
+    def _found_damaged(self, copy: Copy, by: str, e: DamageError) -> None:
+        """The copy does not count from now on. It stays, unless its file is another's or gone."""
+        story = Damage(copy.chunk, copy.version, str(copy.disk.path), e.part, e.block, e.expected,
+                       e.found, by, int(time.time()), str(e))  # fmt: skip
         copy.abandon()
-        self._move_aside(copy.path)
-        self.report([], [], [CopyId(copy.chunk, copy.version)])
+        if e.part in ("name", "file"):
+            self._quarantine_of(copy).forget(copy.chunk, copy.version)
+            self._table.drop(copy)
+            self._decided(copy.chunk)
+        elif self._table.damage(copy.chunk, story):
+            try:
+                self._quarantine_of(copy).note(story)
+            except OSError as error:  # it counts again after a restart, until it is read again
+                log.error("story not written", disk=story.disk, reason=str(error))
+        else:
+            return
+        log.error("copy damaged", chunk=f"{copy.chunk:016X}", version=copy.version,
+                  server=self.server.hex(), disk=story.disk, part=e.part, block=e.block,
+                  expected=e.expected, found=e.found, found_by=by, reason=str(e))  # fmt: skip
+        self.report([], [], [story])
+
+    def _quarantine_of(self, copy: Copy) -> Quarantine:
+        return self._quarantines[self._disks.index(copy.disk)]
+
+    def set_aside(self, chunk: int, version: int) -> None:
+        """A damaged copy goes to the quarantine: a good one is known elsewhere. A good one stays.
+        ReplyError DISK_ERROR.
+        """
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return
+        try:
+            with copy.lock:
+                story = self._table.damage_of(chunk)
+                if copy.gone or copy.version != version or story is None:
+                    return
+                copy.abandon()
+                try:
+                    kept = self._quarantine_of(copy).take(copy.path, story)
+                    log.info("damaged copy set aside", chunk=f"{chunk:016X}", file=str(kept))
+                except FileNotFoundError:
+                    log.warning("damaged copy is gone", file=str(copy.path))
+                except OSError as e:
+                    log.error("damaged copy not set aside", file=str(copy.path), reason=str(e))
+                    raise ReplyError(Status.DISK_ERROR) from e
+                self._table.drop(copy)
+                self._decided(chunk)
+                self.report([], [CopyId(chunk, version)], [])
+        finally:
+            self._table.leave(copy)
 
     def _forget_unfinished(self, copy: Copy) -> None:
         log.info("unfinished copy removed", chunk=f"{copy.chunk:016X}", version=copy.version)
@@ -257,15 +364,7 @@ class ChunkStore:
             self.door.sync_folder(copy.path.parent)
         self.report([], [CopyId(copy.chunk, copy.version)], [])
 
-    def _move_aside(self, path: Path) -> None:
-        """Keep a file that is not to be used, under another name, for the administrator."""
-        try:
-            self.door.rename(path, path.with_name(path.name + layout.DAMAGED_SUFFIX))
-            self.door.sync_folder(path.parent)
-        except OSError as e:
-            log.error("damaged copy not moved aside", file=str(path), reason=str(e))
-
-    def _io_failed(self, copy: Copy, error: OSError) -> ReplyError:
+    def _io_failed(self, copy: Copy, error: OSError, by: str = "rest") -> ReplyError:
         """What the caller is told. The copy's memory is dropped, as by a stop."""
         copy.abandon()
         if error.errno in _NO_FAULT:
@@ -276,9 +375,66 @@ class ChunkStore:
         log.error("disk error", chunk=f"{copy.chunk:016X}", version=copy.version,
                   server=self.server.hex(), disk=str(copy.disk.path),
                   reason=str(error))  # fmt: skip
-        if self._table.fail(copy):
-            self.report([], [], [CopyId(copy.chunk, copy.version)])
+        number = error.errno or errno.EIO
+        code = errno.errorcode.get(number, str(number))
+        story = Damage(copy.chunk, copy.version, str(copy.disk.path), "io", -1, "", code, by,
+                       int(time.time()), os.strerror(number))  # fmt: skip
+        if not copy.gone and self._table.damage(copy.chunk, story):
+            self.report([], [], [story])
+        if copy.disk.health.error(f"{code} ({os.strerror(number)}) {by} {copy.path}"):
+            self._disk_failed(self._disks.index(copy.disk))
         return ReplyError(Status.DISK_ERROR)
+
+    def _disk_failed(self, number: int) -> None:
+        """Nothing on it counts any more; what can be read is still given to readers."""
+        disk = self._disks[number]
+        evidence = disk.health.evidence
+        log.error("disk damaged", disk=str(disk.path), evidence=evidence)
+        at, last = int(time.time()), evidence.splitlines()[-1]
+        stories = []
+        for chunk in self._table.chunks_on(number, 0):
+            version = self._table.version_of(chunk) or 0
+            story = Damage(chunk, version, str(disk.path), "disk", -1, "", "", "disk", at, last)
+            if self._table.damage(chunk, story):
+                stories.append(story)
+        for start in range(0, len(stories), REPORT_SLICE):
+            self.report([], [], stories[start : start + REPORT_SLICE])
+
+    def retest(self, path: str) -> None:
+        """What is on a damaged disk counts again, if the disk works now. RaftfsError says why not.
+
+        Copies that gave an error themselves stay damaged.
+        """
+        disk = next((d for d in self._disks if str(d.path) == path), None)
+        if disk is None:
+            known = ", ".join(str(d.path) for d in self._disks)
+            raise RaftfsError(f"{path} is no disk of this server: it has {known}")
+        try:
+            disk.health.test(self.door)
+        except OSError as e:
+            raise RaftfsError(f"{path} still fails: {e}") from None
+        again = [s for s in self._table.damages() if s.part == "disk" and s.disk == path]
+        for story in again:
+            self._table.undamage(story.chunk)
+        log.info("disk tested and counted again", disk=path, copies=len(again))
+        for start in range(0, len(again), REPORT_SLICE):
+            part = again[start : start + REPORT_SLICE]
+            again_ids = [CopyId(s.chunk, s.version, self.is_doubtful(s.chunk)) for s in part]
+            self.report(again_ids, [], [])
+
+    def _let_go(self, chunk: int, version: int) -> None:
+        """The copy is none any more; its file stays where it is, for `strangers.py`."""
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return
+        try:
+            with copy.lock:
+                if not copy.gone and copy.version == version:
+                    copy.abandon()
+                    self._table.drop(copy)
+                    self.report([], [CopyId(chunk, version)], [])
+        finally:
+            self._table.leave(copy)
 
     # --- data
 
@@ -294,7 +450,7 @@ class ChunkStore:
         if piece_crcs(offset, data) != crcs:
             log.warning("data arrived damaged", chunk=f"{chunk:016X}", offset=offset)
             raise ReplyError(Status.BAD_CRC)
-        with self._held(chunk, version, create=create) as copy:
+        with self._held(chunk, version, "write", create=create) as copy:
             self._stir(copy)
             copy.write(offset, data, crcs, token)
 
@@ -303,7 +459,7 @@ class ChunkStore:
     ) -> None:
         """Make a range read as zeros, under a grant's token."""
         _check_range(offset, length, token, CHUNK_SIZE)
-        with self._held(chunk, version, create=create) as copy:
+        with self._held(chunk, version, "write", create=create) as copy:
             self._stir(copy)
             copy.zero(offset, length, token)
 
@@ -322,7 +478,7 @@ class ChunkStore:
 
     def sync(self, chunk: int, version: int) -> None:
         """The copy and its name are on the disk when this returns."""
-        with self._held(chunk, version) as copy:
+        with self._held(chunk, version, "write") as copy:
             copy.sync()
 
     def read(
@@ -333,12 +489,12 @@ class ChunkStore:
         if into is None:
             first, last = layout.block_span(offset, length)
             into = memoryview(bytearray((last - first + 1) * BLOCK_SIZE))
-        with self._held(chunk, version) as copy:
+        with self._held(chunk, version, "read") as copy:
             return copy.read(offset, length, into)
 
     def block_list(self, chunk: int, version: int) -> bytes:
         """CRC table and bitmap of the copy, as `ListBlocks` asks."""
-        with self._held(chunk, version) as copy:
+        with self._held(chunk, version, "order") as copy:
             return copy.block_list()
 
     # --- orders
@@ -348,7 +504,7 @@ class ChunkStore:
         already.
         """
         _check_ids(chunk, version)
-        with self._held(chunk, None) as copy:
+        with self._held(chunk, None, "order") as copy:
             old = copy.version
             if old > version:
                 raise ReplyError(Status.WRONG_VERSION)
@@ -365,6 +521,11 @@ class ChunkStore:
                     self._table.raised(copy)
                     self._decided(chunk)
                     self.report([CopyId(chunk, version)], [CopyId(chunk, old)], [])
+
+    def confirm(self, chunk: int, version: int) -> None:
+        """ReplyError unless there is a good copy at exactly this version, as its header says."""
+        with self._held(chunk, version, "order") as copy:
+            copy.check_head()
 
     def destroy(self, chunk: int, version: int) -> None:
         """Destroy the copy at exactly this version (0: any). Absent counts as done.
@@ -384,7 +545,8 @@ class ChunkStore:
                     self.door.unlink(copy.path)
                     self.door.sync_folder(copy.path.parent)
                 except OSError as e:
-                    raise self._io_failed(copy, e) from e
+                    raise self._io_failed(copy, e, "order") from e
+                self._quarantine_of(copy).forget(chunk, copy.version)
                 self._table.drop(copy)
                 self._decided(chunk)
                 self.report([], [CopyId(chunk, copy.version)], [])
@@ -403,6 +565,9 @@ class ChunkStore:
         WRONG_VERSION if there is one at this version or a newer one; BUSY; OSError.
         """
         number = self._disks.index(disk)
+        if (story := self._table.damage_of(chunk)) is not None:
+            # Whoever adopts has a good copy in hand. A damaged disk is not asked to move anything.
+            (self._let_go if story.part == "disk" else self.set_aside)(chunk, story.version)
         new = Copy(disk, self.door, chunk, version)
         old = self._table.enter(chunk)
         try:
@@ -444,6 +609,122 @@ class ChunkStore:
         except OSError as e:  # found, and moved aside, at the next start
             log.error("superseded copy not removed", file=str(old.path), reason=str(e))
         self.report([CopyId(old.chunk, version)], [CopyId(old.chunk, old.version)], [])
+
+    # --- the scrub's side
+
+    def disks(self) -> list[Disk]:
+        """The disks, by number."""
+        return list(self._disks)
+
+    def quarantines(self) -> list[Quarantine]:
+        """The disks' quarantines, by number of the disk."""
+        return list(self._quarantines)
+
+    def chunks_on(self, number: int, after: int) -> "array[int]":
+        """The chunks of a disk's copies beyond one, ascending."""
+        return self._table.chunks_on(number, after)
+
+    def path_of(self, chunk: int) -> Path | None:
+        """Where the copy's file should be; damaged or not."""
+        place = self._table.place_of(chunk)
+        return place and self._disks[place[1]].path / layout.file_name(chunk, place[0])
+
+    def settled_path(self, chunk: int) -> Path | None:
+        """As `path_of`, after whatever is being done with the copy just now."""
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return None
+        try:
+            with copy.lock:
+                return None if copy.gone else copy.path
+        finally:
+            self._table.leave(copy)
+
+    def reclaim(self, chunk: int, version: int, path: Path) -> bool:
+        """Give a file its name back that it lost while it was a copy of ours. False if it is none,
+        or has not lost it. OSError.
+        """
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return False
+        try:
+            with copy.lock:
+                if copy.gone or copy.version != version or copy.path.exists():
+                    return False
+                self._install(path, copy.path)
+                return True
+        finally:
+            self._table.leave(copy)
+
+    def copies_on(self, number: int) -> int:
+        """How many copies a disk has."""
+        return self._table.count_on(number)
+
+    def verify(self, chunk: int, first: int, into: memoryview) -> tuple[int, int]:
+        """Header, table and as many blocks from `first` on as `into` has room for are what was
+        written: gives the block to go on with (0: that was all) and the bytes read.
+
+        ReplyErrors of `_held`; what is wrong has been noted and told. A copy that was found damaged
+        before is passed over.
+        """
+        if self._table.damage_of(chunk) is not None:
+            return 0, 0
+        cold = not self._table.is_active(chunk)
+        with self._held(chunk, None, "scrub") as copy:
+            if not cold:
+                copy.check_head()
+            further, read_bytes = copy.check_blocks(first, into, cold=cold)
+            return further, read_bytes + layout.DATA_OFFSET
+
+    # --- the mover's side
+
+    def leaving(self) -> list[int]:
+        """The chunks that other servers must take over."""
+        pushed = [n for n, disk in enumerate(self._disks) if disk.is_pushed]
+        return [chunk for n in pushed for chunk in self._table.chunks_on(n, 0)]
+
+    def push(self, number: int, *, away: bool) -> None:
+        """Have other servers take over what is on a disk; or no longer. The masters are told."""
+        if self._disks[number].is_pushed != away:
+            self._disks[number].is_pushed = away
+            chunks = self._table.chunks_on(number, 0).tolist()
+            for start in range(0, len(chunks), REPORT_SLICE):
+                self.report_leaving(chunks[start : start + REPORT_SLICE], away)
+
+    def resting(self, chunk: int) -> Resting | None:
+        """The copy, if it is good and nobody changes it just now."""
+        if self._table.damage_of(chunk) is not None:
+            return None
+        with self._held(chunk, None, "scrub") as copy:
+            return copy.resting()
+
+    def replace_file(self, chunk: int, old: Resting, disk: Disk, part: Path) -> bool:
+        """A whole and durable twin of the copy, under the name `part`, is the copy from now on. The
+        old file goes. False, and nothing happens, if the copy is not what it was. OSError.
+        """
+        copy = self._table.enter(chunk)
+        if copy is None:
+            return False
+        try:
+            with copy.lock:
+                if copy.gone or copy.path != old.path or self._table.damage_of(chunk):
+                    return False
+                copy.open(self.cluster)
+                if not old.is_still(copy.resting()):
+                    return False
+                self._install(part, disk.path / layout.file_name(chunk, old.version))
+                copy.abandon()
+                self._table.replace(copy, old.version, self._disks.index(disk))
+                if copy.disk.is_pushed:
+                    self.report_leaving([chunk], False)
+                self.door.unlink(old.path)
+                self.door.sync_folder(old.path.parent)
+                return True
+        except (DamageError, UnfinishedError) as e:
+            log.warning("copy not moved", chunk=f"{chunk:016X}", reason=str(e))
+            return False
+        finally:
+            self._table.leave(copy)
 
     # --- housekeeping
 

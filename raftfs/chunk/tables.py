@@ -9,6 +9,7 @@ Thread-safe. Lock order: a copy's own lock first, then the table's, which is nev
 
 import threading
 import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ import structlog
 from raftfs.chunk.copyfile import Copy
 from raftfs.chunk.disk import Disk
 from raftfs.chunk.door import FileDoor
-from raftfs.wire.messages import CopyId
+from raftfs.wire.messages import CopyId, Damage
 
 log = structlog.get_logger("raftfs.chunkstore")
 
@@ -51,7 +52,8 @@ class CopyTable:
         self._index: dict[int, int] = {}
         self._active: OrderedDict[int, Copy] = OrderedDict()
         self._opened: OrderedDict[int, Copy] = OrderedDict()
-        self._failed: set[int] = set()
+        self._on_disk = [0] * len(disks)  # how many copies each has
+        self._damaged: dict[int, Damage] = {}  # copies that do not count, and why
 
     def __len__(self) -> int:
         return len(self._index)
@@ -67,18 +69,47 @@ class CopyTable:
         return None if packed is None else (packed >> _DISK_BITS, packed & _DISK_MASK)
 
     def copies(self) -> list[CopyId]:
-        """Every copy as it is now, but those whose disk failed."""
+        """Every copy as it is now, but the damaged ones."""
         with self._lock:
             packed = list(self._index.items())
-            failed = set(self._failed)
-        return [CopyId(c, p >> _DISK_BITS) for c, p in packed if c not in failed]
+            damaged = set(self._damaged)
+        return [CopyId(c, p >> _DISK_BITS) for c, p in packed if c not in damaged]
+
+    def chunks_on(self, disk: int, after: int) -> "array[int]":
+        """The chunks of a disk's copies beyond one, ascending."""
+        with self._lock:
+            packed = list(self._index.items())
+        return array("Q", sorted(c for c, p in packed if p & _DISK_MASK == disk and c > after))
+
+    def count_on(self, disk: int) -> int:
+        """How many copies a disk has."""
+        return self._on_disk[disk]
+
+    def _set_place(self, chunk: int, version: int, disk: int) -> None:
+        self._drop_place(chunk)
+        self._index[chunk] = version << _DISK_BITS | disk
+        self._on_disk[disk] += 1
+
+    def _drop_place(self, chunk: int) -> None:
+        packed = self._index.pop(chunk, None)
+        if packed is not None:
+            self._on_disk[packed & _DISK_MASK] -= 1
+
+    def damage_of(self, chunk: int) -> Damage | None:
+        """Why the copy does not count; None if it does."""
+        return self._damaged.get(chunk)
+
+    def damages(self) -> list[Damage]:
+        """The stories of all copies that do not count."""
+        with self._lock:
+            return list(self._damaged.values())
 
     # --- changes
 
     def put(self, chunk: int, version: int, disk: int) -> None:
         """The copy is known by this version, on this disk, from now on."""
         with self._lock:
-            self._index[chunk] = version << _DISK_BITS | disk
+            self._set_place(chunk, version, disk)
 
     def add(self, copy: Copy, disk: int) -> bool:
         """A copy that is being made, in use by the caller. False if there is one of its chunk."""
@@ -86,7 +117,7 @@ class CopyTable:
             if copy.chunk in self._index:
                 return False
             copy.users += 1
-            self._index[copy.chunk] = copy.version << _DISK_BITS | disk
+            self._set_place(copy.chunk, copy.version, disk)
             self._active[copy.chunk] = copy
             return True
 
@@ -100,23 +131,28 @@ class CopyTable:
         """The copy is no longer ours. Its lock is held."""
         with self._lock:
             self._deactivate(copy)
-            self._index.pop(copy.chunk, None)
-            self._failed.discard(copy.chunk)
+            self._drop_place(copy.chunk)
+            self._damaged.pop(copy.chunk, None)
 
     def replace(self, copy: Copy, version: int, disk: int) -> None:
         """Another file is the copy from now on. The old one's lock is held."""
         with self._lock:
             self._deactivate(copy)
-            self._index[copy.chunk] = version << _DISK_BITS | disk
-            self._failed.discard(copy.chunk)
+            self._set_place(copy.chunk, version, disk)
+            self._damaged.pop(copy.chunk, None)
 
-    def fail(self, copy: Copy) -> bool:
-        """The copy's disk gave an error: report it no more until a restart. False if known."""
+    def damage(self, chunk: int, story: Damage) -> bool:
+        """The copy does not count from now on. False if it is gone, or did not before."""
         with self._lock:
-            if copy.gone or copy.chunk in self._failed:
+            if chunk not in self._index or chunk in self._damaged:
                 return False
-            self._failed.add(copy.chunk)
+            self._damaged[chunk] = story
             return True
+
+    def undamage(self, chunk: int) -> None:
+        """The copy counts again."""
+        with self._lock:
+            self._damaged.pop(chunk, None)
 
     def _deactivate(self, copy: Copy) -> None:
         copy.gone = True
@@ -139,15 +175,31 @@ class CopyTable:
             copy.users += 1
             return copy
 
-    def leave(self, copy: Copy) -> None:
-        """The caller is done with it (and holds its lock no more)."""
+    def is_active(self, chunk: int) -> bool:
+        """Whether something of it is in memory: somebody used it just now."""
+        return chunk in self._active
+
+    def put_down(self, copy: Copy) -> None:
+        """As `leave`, for one who came without a client: nothing of it stays in memory."""
+        with self._lock:
+            copy.users -= 1
+        if not copy.users and not copy.gone and not self._rest(copy) and copy.is_open:
+            with self._lock:  # somebody has come, or it cannot rest
+                self._opened[copy.chunk] = copy
+
+    def leave(self, copy: Copy, *, is_client: bool = True) -> None:
+        """The caller is done with it (and holds its lock no more). Whoever serves no client does
+        not put off its coming to rest.
+        """
         evicted = None
         with self._lock:
             copy.users -= 1
-            copy.used_at = time.monotonic()
+            if is_client:
+                copy.used_at = time.monotonic()
             if copy.gone:
                 return
-            self._active.move_to_end(copy.chunk)
+            if is_client:
+                self._active.move_to_end(copy.chunk)
             if copy.is_open:
                 self._opened[copy.chunk] = copy
                 self._opened.move_to_end(copy.chunk)

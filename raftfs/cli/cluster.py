@@ -14,7 +14,7 @@ from raftfs.const import KEPT_LOG_BYTES, MIB, PORT_RAFT
 from raftfs.errors import UserError
 
 DEFAULT_DIR = Path(".raftfs")
-_SIGNALS = ("KILL", "STOP", "CONT", "TERM")
+_SIGNALS = ("KILL", "STOP", "CONT", "TERM", "HUP")
 _REPLACE_TIMEOUT_S = 60.0
 
 

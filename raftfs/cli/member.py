@@ -4,25 +4,19 @@ Whoever changes something proves the cluster key; looking needs none.
 """
 
 import argparse
-import errno
 import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from raftfs import log as logging_setup
-from raftfs.cli.target import LOCAL_FOLDER, default_masters
+from raftfs.cli.admin import TIMEOUT_S, act, add_options, sentence
+from raftfs.cli.target import default_masters
 from raftfs.client.meta import ToolClient, connect_tool, parse_masters
 from raftfs.errors import RaftfsError, ReplyError, UserError
 from raftfs.meta.master import parse_peer
 from raftfs.wire import messages as m
-from raftfs.wire.auth import ClusterKey
-from raftfs.wire.frame import FrameError, encode
-from raftfs.wire.rpc import decode
 
-_DEFAULT_KEY = Path("/etc/raftfs/cluster.key")
-_TIMEOUT_S = 90.0  # longer than a master waits for a new one to catch up
 _LOOK_S = 0.2
 
 
@@ -32,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         prog="raftfs member", description="The masters of a cluster: list, add, remove, replace."
     )
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _options(actions.add_parser("list", help="the masters and those that wait to become one"))
+    add_options(actions.add_parser("list", help="the masters and those that wait to become one"))
     add = actions.add_parser("add", help="let a master vote that was started with --join")
     remove = actions.add_parser("remove", help="let a master vote no more")
     replace = actions.add_parser(
@@ -44,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     replace.add_argument("old", help="the master that goes")
     replace.add_argument("new", nargs="?", help="the master that was started with --join")
     for sub in (add, remove, replace):
-        _options(sub)
+        add_options(sub)
     return p
 
 
@@ -52,20 +46,12 @@ def leader_parser() -> argparse.ArgumentParser:
     """The command line of `raftfs leader`."""
     p = argparse.ArgumentParser(prog="raftfs leader", description="Who leads.")
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _options(actions.add_parser("show", help="the leader"))
+    add_options(actions.add_parser("show", help="the leader"))
     transfer = actions.add_parser("transfer", help="let another master lead")
     transfer.add_argument("name", nargs="?", default="",
                           help="host[:Raft port] (default: the most advanced)")  # fmt: skip
-    _options(transfer)
+    add_options(transfer)
     return p
-
-
-def _options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-H", "--masters", metavar="A,B,C", help="masters as host[:client port] "
-                   "(default: the cluster in ./.raftfs, or the mount of this folder)")  # fmt: skip
-    p.add_argument("--key", type=Path, metavar="FILE", help="the cluster key (default: that of "
-                   f"./.raftfs, else {_DEFAULT_KEY})")  # fmt: skip
-    p.add_argument("--json", action="store_true")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     actions: dict[str, Callable[[ToolClient, argparse.Namespace], str]] = {
         "list": lambda client, a: _listed(_members(client), a.json),
-        "add": lambda client, a: _act(client, a, m.AddMember(parse_peer(a.name))),
-        "remove": lambda client, a: _act(client, a, m.RemoveMember(parse_peer(a.name))),
+        "add": lambda client, a: act(client, a, m.AddMember(parse_peer(a.name))),
+        "remove": lambda client, a: act(client, a, m.RemoveMember(parse_peer(a.name))),
         "replace": _replace,
     }
     return _run("raftfs member", args, actions[args.action])
@@ -94,22 +80,15 @@ def _run(
     logging_setup.setup(program.replace(" ", "-"), level="error")
     try:
         masters = args.masters or default_masters(None)
-        with connect_tool(parse_masters(masters), timeout_s=_TIMEOUT_S) as client:
+        with connect_tool(parse_masters(masters), timeout_s=TIMEOUT_S) as client:
             print(action(client, args))
     except ReplyError as e:
-        print(f"{program}: {_sentence(e)}", file=sys.stderr)
+        print(f"{program}: {sentence(e)}", file=sys.stderr)
         return 1
     except RaftfsError as e:
         print(f"{program}: {e}", file=sys.stderr)
         return 1
     return 0
-
-
-def _sentence(error: ReplyError) -> str:
-    try:
-        return decode(str, error.value)
-    except FrameError:
-        return str(error)
 
 
 def _members(client: ToolClient) -> list[m.MemberStatus]:
@@ -136,48 +115,27 @@ def _leader(client: ToolClient) -> str:
     return leading[0] if leading else "nobody"
 
 
-def _key(path: Path | None) -> ClusterKey:
-    local = LOCAL_FOLDER / "cluster.key"
-    return ClusterKey.load(path or (local if local.exists() else _DEFAULT_KEY))
-
-
-def _act(client: ToolClient, args: argparse.Namespace, action: m.AdminAction) -> str:
-    """Prove the key to the leader, anew if another one leads when it is asked."""
-    key = _key(args.key)
-    until = time.monotonic() + _TIMEOUT_S
-    while True:
-        challenge = client.call(m.Challenge())
-        proof = key.derive(b"admin", challenge, encode(action))
-        try:
-            said: str = client.call(m.Admin(proof, action))
-        except ReplyError as e:
-            if e.status != errno.EAGAIN or time.monotonic() > until:
-                raise
-        else:
-            return said
-
-
 def _transfer(client: ToolClient, args: argparse.Namespace) -> str:
     name = parse_peer(args.name) if args.name else ""
-    return _act(client, args, m.TransferLeader(name))
+    return act(client, args, m.TransferLeader(name))
 
 
 def _replace(client: ToolClient, args: argparse.Namespace) -> str:
     old, new = parse_peer(args.old), parse_peer(args.new or args.old)
     if old != new:
-        first = _act(client, args, m.AddMember(new))
-        return f"{first}\n{_act(client, args, m.RemoveMember(old))}"
+        first = act(client, args, m.AddMember(new))
+        return f"{first}\n{act(client, args, m.RemoveMember(old))}"
     before = {x.name: x.uuid for x in _members(client) if x.role != "joining"}
     if old not in before:
         raise UserError(f"{old} is no master: they are {','.join(sorted(before))}")
-    until = time.monotonic() + _TIMEOUT_S
+    until = time.monotonic() + TIMEOUT_S
     while True:
         (now,) = [x for x in _members(client) if x.name == old and x.role != "joining"]
         if now.uuid != before[old] and now.connected:
             return f"{old} votes again, with a new identity"
         if time.monotonic() > until:
             raise UserError(
-                f"{old} did not come back within {_TIMEOUT_S:.0f} s: start it on an empty folder "
+                f"{old} did not come back within {TIMEOUT_S:.0f} s: start it on an empty folder "
                 "with `raftfs-master --replace`"
             )
         time.sleep(_LOOK_S)

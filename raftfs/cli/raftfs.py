@@ -14,6 +14,7 @@ COMMANDS = {
     "member": ("member", "the masters: list, add, remove, replace"),
     "leader": ("member", "who leads, and handing it over"),
     "status": ("status", "who leads, what is connected, how healthy it is"),
+    "disks": ("disks", "the chunkservers' disks, their scrubs, what is in quarantine"),
     "bench": ("bench", "measure a mounted tree beside the local disk"),
     "bench-core": ("benchcore", "measure three replicas without anything around them"),
     "bench-store": ("benchstore", "measure a master that holds many files"),

@@ -7,8 +7,10 @@ systems want it: 0 OK, 1 WARN, 2 ERR.
 import argparse
 import json
 import sys
+import time
 
 from raftfs import log as logging_setup
+from raftfs.cli.disks import scrub_line
 from raftfs.cli.monitor.web import status_object
 from raftfs.cli.target import default_masters
 from raftfs.client.meta import connect_tool, parse_masters
@@ -85,8 +87,21 @@ def judge(views: dict[str, m.ReplicaStatus | None]) -> tuple[str, list[str]]:
         for server in up:
             if server.total and server.used > _NEARLY_FULL * server.total:
                 warnings.append(f"NEARLY_FULL: {server.host}:{server.port}")
+            warnings += _disk_warnings(server)
     word = "ERR" if errors else "WARN" if warnings else "OK"
     return word, errors + warnings
+
+
+def _disk_warnings(server: m.ServerStatus) -> list[str]:
+    warnings = []
+    for disk in server.disks:
+        where = f"{disk.path} of {server.host}:{server.port}"
+        if disk.state == "damaged":
+            last = disk.evidence.splitlines()[-1:]
+            warnings.append(f"DISK_DAMAGED: {where}: {''.join(last)}")
+        elif disk.damaged:
+            warnings.append(f"COPIES_DAMAGED: {disk.damaged} on {where}")
+    return warnings
 
 
 def _lines(
@@ -108,6 +123,10 @@ def _lines(
             f"{s.chunks} copies  {format_size(s.used)} of {format_size(s.total)} used"
             for s in leader.servers
         ]
+        lines += [
+            f"  disk {d.path}  {d.state}  {scrub_line(d.scrub, time.time())}"
+            for s in leader.servers for d in s.disks
+        ]  # fmt: skip
         lines.append(
             f"{leader.nodes} nodes, {leader.chunks} chunks, {leader.undergoal} under goal, "
             f"{leader.missing} missing, {leader.sessions} sessions"

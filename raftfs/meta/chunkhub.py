@@ -17,7 +17,7 @@ from raftfs.const import CHUNK_SIZE, DISK_LEAVE_FREE, HEARTBEAT_S
 from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.meta.plan.placement import Candidate
 from raftfs.wire import messages as m
-from raftfs.wire.rpc import Link
+from raftfs.wire.rpc import Link, decode
 
 log = structlog.get_logger("raftfs.chunkhub")
 
@@ -31,7 +31,10 @@ SERVERS_MAX = 1_000
 
 
 class ChunkServer:
-    """One chunkserver as this master sees it. `copies`: chunk -> version."""
+    """One chunkserver as this master sees it. `copies`: chunk -> version of the good ones.
+
+    `damaged`: those that do not count but are still in their places.
+    """
 
     def __init__(self, hello: m.ServerHello, link: Link) -> None:
         self.uuid = hello.server
@@ -40,10 +43,14 @@ class ChunkServer:
         self.ready = False
         self.fenced_term = 0
         self.total = self.used = 0
+        self.room = -1
         self.suspect_until = 0.0
         self.copies: dict[int, int] = {}
         self.doubtful: set[int] = set()  # of these chunks it may have lost acknowledged writes
         self.ready_at = 0.0
+        self.damaged: dict[int, m.Damage] = {}
+        self.leaving: set[int] = set()  # chunks whose copies are on disks that are to be pulled
+        self.disks: tuple[m.DiskStatus, ...] = ()
 
     @property
     def connected(self) -> bool:
@@ -52,14 +59,20 @@ class ChunkServer:
 
     @property
     def free(self) -> int:
-        """Bytes that new chunks may take."""
+        """Bytes that are not used."""
         return max(0, self.total - self.used)
+
+    @property
+    def for_new(self) -> int:
+        """Bytes that new chunks may take, as the server says."""
+        return self.room if self.room >= 0 else max(0, self.free - DISK_LEAVE_FREE)
 
     def status(self) -> m.ServerStatus:
         """For status messages."""
         return m.ServerStatus(
-            self.uuid, self.host, self.port, self.total, self.used, len(self.copies), self.connected
-        )
+            self.uuid, self.host, self.port, self.total, self.used, len(self.copies),
+            self.connected, self.disks,
+        )  # fmt: skip
 
 
 class ChunkHub:
@@ -81,6 +94,7 @@ class ChunkHub:
         self._tasks: set[asyncio.Task[None]] = set()
         self.servers: dict[bytes, ChunkServer] = {}
         self.where: dict[int, dict[bytes, int]] = {}
+        self.damaged: dict[int, set[bytes]] = {}  # chunk -> servers with a damaged copy
 
     @property
     def term(self) -> int:
@@ -100,12 +114,15 @@ class ChunkHub:
             raise RaftfsError("a newer connection of this chunkserver took over")
         if isinstance(event, m.Copies):
             self._made(server, event.copies)
+            self._note_damaged(server, event.damaged)
+            server.leaving.update(event.leaving)
         elif isinstance(event, m.Ready):
             self._ready(server)
         elif isinstance(event, m.Changed):
             self._changed(server, event)
         elif isinstance(event, m.Space):
-            server.total, server.used = event.total, event.used
+            server.total, server.used, server.room = event.total, event.used, event.room
+            server.disks = event.disks
             return self._masters()
         return None
 
@@ -149,14 +166,18 @@ class ChunkHub:
     def _forget_copies(self, server: ChunkServer) -> None:
         copies, server.copies = server.copies, {}
         server.doubtful.clear()
+        server.leaving.clear()
         for chunk in copies:
             self._gone(server.uuid, chunk)
+        for chunk in list(server.damaged):
+            self._mended(server, chunk)
         self._on_change(copies)
 
     # --- copies
 
     def _made(self, server: ChunkServer, copies: Iterable[m.CopyId]) -> None:
         for copy in copies:
+            self._mended(server, copy.chunk)
             server.copies[copy.chunk] = copy.version
             (server.doubtful.add if copy.doubtful else server.doubtful.discard)(copy.chunk)
             self.where.setdefault(copy.chunk, {})[server.uuid] = copy.version
@@ -174,13 +195,52 @@ class ChunkHub:
                 del server.copies[copy.chunk]
                 server.doubtful.discard(copy.chunk)
                 self._gone(server.uuid, copy.chunk)
-        for copy in event.damaged:
+            self._mended(server, copy.chunk)
+        for story in event.stories:
             log.warning(
-                "copy damaged", chunk=f"{copy.chunk:016X}", server=server.uuid.hex(),
-                address=_address(server),
+                "copy damaged", chunk=f"{story.chunk:016X}", version=story.version,
+                server=server.uuid.hex(), address=_address(server), disk=story.disk,
+                part=story.part, block=story.block, expected=story.expected, found=story.found,
+                found_by=story.found_by, reason=story.text,
             )  # fmt: skip
+        self._note_damaged(server, event.stories)
         self._made(server, event.made)
-        self._on_change({c.chunk for c in (*event.made, *event.gone, *event.damaged)})
+        server.leaving.update(event.leaving)
+        server.leaving.difference_update(event.staying)
+        changed = {c.chunk for c in (*event.made, *event.gone, *event.damaged)}
+        server.leaving -= {chunk for chunk in changed if chunk not in server.copies}
+        self._on_change({*changed, *event.leaving, *event.staying})
+
+    def _note_damaged(self, server: ChunkServer, stories: Iterable[m.Damage]) -> None:
+        for story in stories:
+            if story.part in ("name", "file"):
+                continue  # nothing of that chunk is there
+            server.damaged[story.chunk] = story
+            self.damaged.setdefault(story.chunk, set()).add(server.uuid)
+
+    def _mended(self, server: ChunkServer, chunk: int) -> None:
+        """Its damaged copy of the chunk is no longer there."""
+        if server.damaged.pop(chunk, None) is not None:
+            self.damaged[chunk].discard(server.uuid)
+            if not self.damaged[chunk]:
+                del self.damaged[chunk]
+
+    def leaving_of(self, chunk: int, servers: Iterable[bytes]) -> set[bytes]:
+        """Those of the servers whose copy of the chunk is on a disk that is to be pulled."""
+        return {uuid for uuid in servers if chunk in self.servers[uuid].leaving}
+
+    def damaged_of(self, chunk: int) -> dict[bytes, m.Damage]:
+        """Server -> story of the damaged copies that are still in their places."""
+        servers = (self.servers[uuid] for uuid in self.damaged.get(chunk, ()))
+        return {s.uuid: s.damaged[chunk] for s in servers if s.connected}
+
+    def holders(self, chunk: int, *, fenced: bool) -> dict[bytes, int]:
+        """As `copies_of`, with the damaged ones: for those who want all of them to go."""
+        found = self.copies_of(chunk, fenced=fenced)
+        for uuid, story in self.damaged_of(chunk).items():
+            if not fenced or self.is_fenced(self.servers[uuid]):
+                found.setdefault(uuid, story.version)
+        return found
 
     def note_copy(self, uuid: bytes, chunk: int, version: int) -> None:
         """An order succeeded: do not wait for the report that tells the same."""
@@ -230,10 +290,16 @@ class ChunkHub:
     def candidates(self) -> list[Candidate]:
         """Servers that may take a new copy."""
         return [
-            Candidate(s.uuid, s.host, max(0, s.free - DISK_LEAVE_FREE))
+            Candidate(s.uuid, s.host, s.for_new)
             for s in self.fenced_servers()
-            if s.free > CHUNK_SIZE + DISK_LEAVE_FREE and s.suspect_until < time.monotonic()
+            if s.for_new > CHUNK_SIZE and s.suspect_until < time.monotonic()
         ]
+
+    def is_full(self) -> bool:
+        """Whether all servers are there and none has room: waiting would not help."""
+        servers = self.fenced_servers()
+        full = all(0 <= s.room <= CHUNK_SIZE for s in servers)
+        return full and bool(servers) and self.all_connected()
 
     def suspect(self, uuid: bytes) -> None:
         """A client's write failed there: give it no new chunks for a while."""
@@ -258,7 +324,7 @@ class ChunkHub:
                 await asyncio.sleep(FENCE_RETRY_S)
                 continue
             server.fenced_term = term
-            self._on_change(server.copies)
+            self._on_change([*server.copies, *server.damaged])
 
     async def order(self, uuid: bytes, order: m.ChunkOrder) -> None:
         """Send an order and wait until it is done. ReplyError or LinkError if it is not."""
@@ -292,7 +358,21 @@ class ChunkHub:
     def space(self) -> tuple[int, int]:
         """Bytes in all and bytes free over the connected servers."""
         up = [s for s in self.servers.values() if s.connected]
-        return sum(s.total for s in up), sum(max(0, s.free - DISK_LEAVE_FREE) for s in up)
+        return sum(s.total for s in up), sum(s.for_new for s in up)
+
+    async def tune(self, name: str, action: str, value: str) -> str:
+        """Have one chunkserver (host:port), or all, change something. RaftfsError says why not."""
+        servers = [s for s in self.fenced_servers() if name in ("", f"{s.host}:{s.port}")]
+        if not servers:
+            raise RaftfsError(f"no chunkserver {name or 'at all'} is connected")
+        for server in servers:
+            order = m.Tune(self._term(), action, value)
+            try:
+                await server.link.call(order, REPLICATE_TIMEOUT_S)
+            except ReplyError as e:
+                reason = decode(str, e.value) if e.value else str(e)
+                raise RaftfsError(f"chunkserver {_address(server)}: {reason}") from None
+        return f"{action} {value}: done on {', '.join(_address(s) for s in servers)}"
 
     def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -20,6 +20,7 @@ servers hold the committed version (`_proven`): then no copy elsewhere can prete
 
 import asyncio
 import contextlib
+import errno
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -114,7 +115,10 @@ class Grants:
         found = self._hub.copies_of(chunk.id, fenced=fenced)
         for uuid in self._expected.get(chunk.id, ()):
             server = self._hub.servers.get(uuid)
-            if uuid not in found and server is not None and self._hub.is_fenced(server):
+            rotten = uuid in self._hub.damaged.get(chunk.id, ())
+            if uuid in found or rotten or server is None:
+                continue
+            if self._hub.is_fenced(server):
                 found[uuid] = chunk.version
         return found
 
@@ -123,7 +127,7 @@ class Grants:
         copies = self.copies(chunk, fenced=True)
         return judge(
             chunk.version, chunk.reserved, chunk.goal, copies, chunk.restored,
-            self._hub.doubtful(chunk.id, copies),
+            self._hub.doubtful(chunk.id, copies), self._hub.leaving_of(chunk.id, copies),
         )  # fmt: skip
 
     def awaits_copies(self, chunk: ChunkRow) -> bool:
@@ -150,7 +154,16 @@ class Grants:
         chunk, length = read.file_chunk(self._rows, inode, index)
         if chunk is None:
             return m.ChunkMap(0, 0, length, [])
-        return m.ChunkMap(chunk.id, chunk.version, length, self.locations(chunk, reader_host))
+        copies = self.locations(chunk, reader_host) or self._damaged(chunk)
+        return m.ChunkMap(chunk.id, chunk.version, length, copies)
+
+    def _damaged(self, chunk: ChunkRow) -> list[m.Location]:
+        """Copies that are damaged, when there is no other: most of their blocks may be good, and
+        the servers give no others away.
+        """
+        versions = {u: s.version for u, s in self._hub.damaged_of(chunk.id).items()}
+        usable = good(chunk.version, chunk.reserved, versions, chunk.restored)
+        return [self._hub.location(uuid, version) for uuid, version in sorted(usable.items())]
 
     def locations(self, chunk: ChunkRow, reader_host: str) -> list[m.Location]:
         """The good copies of a chunk in the order in which a reader should try them."""
@@ -170,7 +183,8 @@ class Grants:
     async def grant(self, session: int, ask: m.WriteChunk) -> m.ChunkMap:
         """Lock a chunk for the session and give the copies that it must write.
 
-        ReplyError: LOCKED (another session writes), NO_SERVERS, NO_COPIES, or apply's errno.
+        ReplyError: LOCKED (another session writes), NO_SERVERS, ENOSPC, NO_COPIES, or apply's
+        errno.
         """
         async with self.lock(ask.inode, ask.index):
             chunk, _ = read.file_chunk(self._rows, ask.inode, ask.index)
@@ -227,7 +241,7 @@ class Grants:
         goal = read.getattr(self._rows, ask.inode).goal
         servers = choose_servers(self._hub.candidates(), goal, ask.failed, self._draw)
         if not servers:
-            raise ReplyError(Status.NO_SERVERS)
+            raise ReplyError(errno.ENOSPC if self._hub.is_full() else Status.NO_SERVERS)
         granted = await self._commit_grant(session, ask, replace=replace)
         self._proven[granted.chunk] = frozenset(servers)
         self._expected[granted.chunk] = tuple(servers)

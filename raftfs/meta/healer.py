@@ -7,7 +7,9 @@ slices) and up to `REPAIRS_MAX` repairs side by side, each under the chunk's loc
 Nothing is destroyed that was not condemned by a committed entry: a chunk whose last reference is
 gone is *doomed* in the state; a stale copy is older than the committed version; a surplus copy is
 named in a `DropCopy` entry, and only while servers that answer meet the goal without it; a copy
-that the state does not know is kept for `orphan_delay_s` first.
+that the state does not know is kept for `orphan_delay_s` first. Before a copy goes, those that stay
+are asked whether they are what their names say. A damaged copy is set aside when there is a good
+one.
 """
 
 import asyncio
@@ -38,6 +40,7 @@ SWEEP_PAUSE_S = 0.02  # between slices of a sweep, so that it takes a small shar
 REPAIRS_MAX = 8
 DOOMED_SLICE = 200
 AWAIT_S = 1.0  # so often a chunk is looked at that waits for copies which may be better
+ASIDE_AGAIN_S = 60.0  # a damaged copy that its disk would not move
 
 
 class HealingConfig(NamedTuple):
@@ -71,6 +74,7 @@ class Healer:
         self._due: dict[int, float] = {}  # chunk -> when to examine it
         self._first_short: dict[int, float] = {}  # chunk -> since when it lacks copies
         self._orphans: dict[tuple[int, bytes], float] = {}  # (chunk, server) -> first seen
+        self._stuck: dict[tuple[int, bytes], float] = {}  # damaged copies; when to try again
         self._leading_since = 0.0
         self.undergoal: set[int] = set()
         self.missing: set[int] = set()
@@ -88,7 +92,7 @@ class Healer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for memory in (self._repairs, self._due, self._first_short, self._orphans):
+        for memory in (self._repairs, self._due, self._first_short, self._orphans, self._stuck):
             memory.clear()
         self.undergoal.clear()
         self.missing.clear()
@@ -127,12 +131,16 @@ class Healer:
             after = rows[-1].id
             await self._examine_due()
             await asyncio.sleep(SWEEP_PAUSE_S)
-        for at, chunk_id in enumerate(list(self._hub.where)):
+        for at, chunk_id in enumerate([*self._hub.where, *self._hub.damaged]):
             if read.chunk(self._rows, chunk_id) is None:
                 self._due.setdefault(chunk_id, 0.0)
             if at % SLICE == 0:
                 await asyncio.sleep(0)
-        self._orphans = {k: v for k, v in self._orphans.items() if k[0] in self._hub.where}
+        held = (self._hub.where, self._hub.damaged)
+        self._orphans = {
+            k: v for k, v in self._orphans.items() if any(k[0] in where for where in held)
+        }
+        self._stuck = {k: v for k, v in self._stuck.items() if k[0] in self._hub.damaged}
 
     async def _examine_due(self) -> None:
         now = time.monotonic()
@@ -164,12 +172,26 @@ class Healer:
         if self._grants.awaits_copies(chunk):
             self._due[chunk_id] = now + AWAIT_S
             return
-        if verdict.settle or chunk.lock:  # the latter: a dead leader's unfinished settling
+        damaged = self._movable(chunk_id, now)
+        if damaged:
+            self._begin(chunk_id, self._set_aside(chunk, damaged))
+        elif verdict.settle or chunk.lock:  # the latter: a dead leader's unfinished settling
             self._begin(chunk_id, self._grants.settle(chunk))
         elif verdict.wanted and self._can_add(verdict):
             self._add_when_due(chunk, verdict, now)
         elif verdict.surplus or verdict.stale:
             self._begin(chunk_id, self._destroy_surplus(chunk))
+
+    def _movable(self, chunk: int, now: float) -> dict[bytes, m.Damage]:
+        """Damaged copies that should be set aside, for there is a good one."""
+        if chunk not in self._hub.damaged:
+            return {}
+        return {
+            server: story for server, story in self._hub.damaged_of(chunk).items()
+            if self._hub.is_fenced(self._hub.servers[server])
+            and story.part != "disk"  # that one is not asked to move anything
+            and self._stuck.get((chunk, server), 0.0) <= now
+        }  # fmt: skip
 
     def _set_counts(self, chunk: int, verdict: Verdict | None) -> None:
         short = verdict is not None and verdict.wanted > 0
@@ -236,6 +258,33 @@ class Healer:
                 targets.append(server)
         return targets
 
+    async def _set_aside(self, chunk: ChunkRow, damaged: dict[bytes, m.Damage]) -> None:
+        """Have damaged copies moved to quarantine, while a good one is there that says so itself.
+        """
+        async with self._grants.lock(chunk.owner, chunk.index):
+            now = read.chunk(self._rows, chunk.id)
+            if now is None or now.lock or not now.refs:
+                return
+            verdict = self._grants.verdict(now)
+            if not await self._confirmed(now.id, verdict.version, verdict.chosen):
+                raise LinkError("no server confirms that it has a good copy")
+            for server, story in damaged.items():
+                if story.version == now.version:
+                    await self._proposer.commit(DropCopy(now.id, now.version, server))
+                order = m.SetAside(self._hub.term, now.id, story.version)
+                try:
+                    await self._hub.order(server, order)
+                except (ReplyError, LinkError) as e:
+                    self._stuck[now.id, server] = time.monotonic() + ASIDE_AGAIN_S
+                    log.warning("damaged copy stays where it is", chunk=f"{now.id:016X}",
+                                server=server.hex(), reason=str(e))  # fmt: skip
+        self.examine([chunk.id], delay_s=0.0)
+
+    async def _confirmed(self, chunk: int, version: int, servers: Iterable[bytes]) -> list[bytes]:
+        """Those that have looked just now: theirs are good copies of this chunk and version."""
+        ask = m.Confirm(self._hub.term, chunk, version)
+        return await self._hub.order_all({server: ask for server in servers})
+
     async def _destroy_surplus(self, chunk: ChunkRow) -> None:
         async with self._grants.lock(chunk.owner, chunk.index):
             now = read.chunk(self._rows, chunk.id)
@@ -244,19 +293,27 @@ class Healer:
             verdict = self._grants.verdict(now)
             if verdict.settle or verdict.wanted:
                 return
+            sure = await self._confirmed(now.id, now.version, verdict.chosen)
+            if len(sure) < len(verdict.chosen):
+                self.examine([now.id], delay_s=5.0)
+                return
             for server, version in verdict.stale:
                 if self._may_go(now, server, version):
                     await self._destroy(now.id, version, server, "stale")
             if verdict.surplus:
-                await self._give_up_one(now, verdict.chosen)
+                leaving = self._hub.leaving_of(now.id, verdict.chosen)
+                await self._give_up_one(now, verdict.chosen, leaving)
         if verdict.surplus > 1:
             self.examine([chunk.id], delay_s=0.0)
 
-    async def _give_up_one(self, chunk: ChunkRow, chosen: Iterable[bytes]) -> None:
-        """Of more copies than the goal asks for. LinkError, and all stay, unless those that would
-        be left are there: a server that has just died still counts as connected.
+    async def _give_up_one(
+        self, chunk: ChunkRow, chosen: Iterable[bytes], leaving: Iterable[bytes]
+    ) -> None:
+        """Of more copies than the goal asks for, one on a disk that is to be pulled if there is.
+        LinkError, and all stay, unless those that would be left are there: a server that has just
+        died still counts as connected.
         """
-        fullest = min(chosen, key=lambda s: self._hub.servers[s].free)
+        fullest = min(leaving or chosen, key=lambda s: self._hub.servers[s].free)
         term = m.NewTerm(self._hub.term)  # known to them; only the answer matters
         there = await self._hub.order_all({s: term for s in chosen if s != fullest})
         now = read.chunk(self._rows, chunk.id)  # its goal may have risen
@@ -297,7 +354,7 @@ class Healer:
                  reason=reason)  # fmt: skip
 
     async def _destroy_orphans(self, chunk_id: int, now: float) -> None:
-        for server, version in self._hub.copies_of(chunk_id, fenced=True).items():
+        for server, version in self._hub.holders(chunk_id, fenced=True).items():
             since = self._orphans.setdefault((chunk_id, server), now)
             wait = since + self._config.orphan_delay_s - now
             if wait > 0:
@@ -316,13 +373,13 @@ class Healer:
             orders: dict[bytes, list[int]] = {}
             for chunk in doomed:
                 row = read.chunk(self._rows, chunk)
-                for server, version in self._hub.copies_of(chunk, fenced=True).items():
+                for server, version in self._hub.holders(chunk, fenced=True).items():
                     # A restore may have brought back a time before it was written.
                     unsure = row is not None and unsettled(row.version, row.restored)
                     if not unsure or self._kept_long_enough(chunk, server, version):
                         orders.setdefault(server, []).append(chunk)
             await asyncio.gather(*(self._destroy_all(s, c) for s, c in orders.items()))
-            gone = [c for c in doomed if not self._hub.copies_of(c, fenced=False)]
+            gone = [c for c in doomed if not self._hub.holders(c, fenced=False)]
             await asyncio.gather(*(self._proposer.propose(0, 0, ForgetChunk(c)) for c in gone))
             for chunk in gone:
                 self._grants.forget(chunk)

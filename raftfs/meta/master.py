@@ -121,7 +121,7 @@ class Master:
         self.healer = Healer(self.store, self.hub, self.grants, self.proposer, config.healing)
         self.service = ClientService(
             self.store, self.replica, self.proposer, self.grants, self.healer,
-            list(config.export_lines), self.status, self.hub.space, key,
+            list(config.export_lines), self.status, self.hub.space, key, self.hub.tune,
         )  # fmt: skip
         self._servers: list[rpc.Server] = []
         self._tasks: list[asyncio.Task[None]] = []

@@ -55,7 +55,10 @@ class ClientService:
         status: Callable[[], m.ReplicaStatus],
         fs_space: Callable[[], tuple[int, int]],
         key: ClusterKey,
+        tune: Callable[[str, str, str], Awaitable[str]],
     ) -> None:
+        """`tune(name, action, value)`: as in `wire.TuneDisks`."""
+        self._tune = tune
         self._rows = rows
         self._replica = replica
         self._proposer = proposer
@@ -273,6 +276,8 @@ class ClientService:
                  peer=link.peer[0])  # fmt: skip
         if isinstance(ask.action, m.AddMember):
             return await self._membership.add(ask.action.name)
+        if isinstance(ask.action, m.TuneDisks):
+            return await self._tune(ask.action.name, ask.action.action, ask.action.value)
         if isinstance(ask.action, m.RemoveMember):
             return await self._membership.remove(ask.action.name)
         return await self._membership.transfer(ask.action.name)

@@ -118,7 +118,7 @@ class FileReader:
                 self._forget(start)
                 parts.append(self._fetch(at, stop - at))
             else:
-                parts.append(self._from_segment(segment, at - start, stop - start))
+                parts.append(self._from_segment(segment, start, at, stop))
             at = stop
         if sequential:
             self._read_ahead(end, length)
@@ -170,13 +170,15 @@ class FileReader:
             segment = self._segments[start] = _Segment(task, size, self.context.budget)
         return segment
 
-    async def _from_segment(self, segment: _Segment, start: int, stop: int) -> memoryview:
+    async def _from_segment(self, segment: _Segment, start: int, at: int, stop: int) -> Any:
         try:
             data = await asyncio.shield(segment.task)
         except RaftfsError:
             self.forget_data()  # whoever asks again tries again
-            raise
-        return memoryview(data)[start:stop]
+            if segment.length == stop - at:
+                raise
+            return await self._fetch(at, stop - at)  # what is damaged may lie beside it
+        return memoryview(data)[at - start : stop - start]
 
     def _pass(self, offset: int) -> None:
         """Drop segments that lie well behind the reader: the kernel has them."""

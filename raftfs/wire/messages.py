@@ -216,6 +216,7 @@ class ServerStatus(Record):
     used: int
     chunks: int
     connected: bool
+    disks: tuple["DiskStatus", ...] = ()
 
 
 class ReplicaStatus(Record):
@@ -266,13 +267,21 @@ class RemoveMember(Tagged, tag=2):
     name: str
 
 
+class TuneDisks(Tagged, tag=16):
+    """Of one chunkserver (host:port, "": all): as `Tune` has it."""
+
+    name: str
+    action: str
+    value: str
+
+
 class TransferLeader(Tagged, tag=3):
     """`name` leads from now on; "": the most advanced follower."""
 
     name: str
 
 
-AdminAction = AddMember | RemoveMember | TransferLeader
+AdminAction = AddMember | RemoveMember | TransferLeader | TuneDisks
 
 
 class Admin(Tagged, tag=19):
@@ -322,6 +331,27 @@ class CopyId(Record):
     doubtful: bool = False
 
 
+class Damage(Record):
+    """The story of a copy that is not what was written: it no longer counts.
+
+    `part`: data, table, header, name, file (gone), io (an I/O error), disk (the whole of it does
+    not count). `block` -1: no one block.
+    `found_by`: read, write, order, scrub, start, rest (coming to it) or disk. `at`: seconds since
+    the epoch.
+    """
+
+    chunk: int
+    version: int
+    disk: str
+    part: str
+    block: int
+    expected: str
+    found: str
+    found_by: str
+    at: int
+    text: str
+
+
 class ServerHello(Tagged, tag=1):
     """First event on the link; the full list of copies follows in `Copies`, closed by `Ready`.
 
@@ -338,9 +368,15 @@ class ServerHello(Tagged, tag=1):
 
 
 class Copies(Tagged, tag=2):
-    """A part of the full report, at most 10,000 copies. -> None."""
+    """A part of the full report, at most 10,000 copies. -> None.
+
+    `damaged`: copies that do not count; those that are still readable in part are kept until a
+    `SetAside`. `leaving`: chunks as in `Changed`.
+    """
 
     copies: list[CopyId]
+    damaged: tuple[Damage, ...] = ()
+    leaving: tuple[int, ...] = ()
 
 
 class Ready(Tagged, tag=3):
@@ -350,11 +386,53 @@ class Ready(Tagged, tag=3):
 class Changed(Tagged, tag=4):
     """Copies made, raised in version (the old id is in `gone`), destroyed or found damaged. ->
     None.
+
+    `stories`: of the damaged ones, in their order. `leaving`: chunks whose copies are good, but on
+    a disk that is to be pulled: others must be made elsewhere. `staying`: no longer so.
     """
 
     made: list[CopyId]
     gone: list[CopyId]
     damaged: list[CopyId]
+    stories: tuple[Damage, ...] = ()
+    leaving: tuple[int, ...] = ()
+    staying: tuple[int, ...] = ()
+
+
+class ScrubStatus(Record):
+    """How far a disk's scrub is. Times in seconds since the epoch, 0: never.
+
+    `began`: the cycle under way, of which `progress` (0 to 1) is done; `last_*`: the last whole
+    one. `damaged`: copies that it found damaged since the server's start.
+    """
+
+    mib_s: float
+    began: int
+    progress: float
+    last_began: int
+    last_ended: int
+    damaged: int
+
+
+class DiskStatus(Record):
+    """A disk as its chunkserver sees it. `state`: good, full, damaged, removing (marked for it) or
+    removable (nothing on it is needed any more).
+
+    `damaged`: copies that do not count, still in their places; `quarantined`: files set aside, and
+    their bytes. `evidence`: why the disk is damaged.
+    """
+
+    path: str
+    uuid: bytes
+    total: int
+    used: int
+    copies: int
+    state: str
+    damaged: int
+    quarantined: int
+    quarantined_bytes: int
+    scrub: ScrubStatus
+    evidence: str = ""
 
 
 class Space(Tagged, tag=5):
@@ -365,6 +443,8 @@ class Space(Tagged, tag=5):
     total: int
     used: int
     chunks: int
+    disks: tuple[DiskStatus, ...] = ()
+    room: int = -1  # bytes that new copies may take; -1: not told
 
 
 ChunkEvent = ServerHello | Copies | Ready | Changed | Space
@@ -412,7 +492,37 @@ class Replicate(Tagged, tag=35):
     port: int
 
 
-ChunkOrder = NewTerm | RaiseVersion | Destroy | Replicate
+class SetAside(Tagged, tag=48):
+    """Move a damaged copy to its disk's quarantine: a good one exists elsewhere. -> None; a copy
+    that is good or absent stays as it is.
+    """
+
+    term: int
+    chunk: int
+    version: int
+
+
+class Confirm(Tagged, tag=49):
+    """Look whether there is a good copy at exactly this version, its header included. -> None.
+    Asked of those that remain before another one is destroyed.
+    """
+
+    term: int
+    chunk: int
+    version: int
+
+
+class Tune(Tagged, tag=50):
+    """`scrub-rate`: MiB a second and disk; `retest`: the disk with this path, and count it again if
+    it works. -> None; an error says why not.
+    """
+
+    term: int
+    action: str
+    value: str
+
+
+ChunkOrder = NewTerm | RaiseVersion | Destroy | Replicate | SetAside | Confirm | Tune
 
 # ================================================================ data port (chunkserver, 9422)
 

@@ -1,7 +1,7 @@
 """Stores and servers for the tests of this folder."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from raftfs.chunk.disk import Disk
 from raftfs.chunk.server import DataServer
 from raftfs.chunk.store import ChunkStore
 from raftfs.wire.frame import piece_crcs
-from raftfs.wire.messages import ChunkMap, Hop
+from raftfs.wire.messages import ChunkMap, CopyId, Damage, Hop
 
 CLUSTER = b"c" * 16
 
@@ -35,6 +35,15 @@ def read(store: ChunkStore, chunk: int, offset: int, length: int, version: int =
 def chunk_file(root: Path, chunk: int) -> Path:
     (path,) = root.glob(f"{chunk & 0xFF:02X}/chunk_{chunk:016X}_*.mfs")
     return path
+
+
+def ids(stories: Iterable[Damage]) -> list[CopyId]:
+    return [CopyId(story.chunk, story.version) for story in stories]
+
+
+def aside(root: Path) -> list[Path]:
+    """The files in a disk's quarantine."""
+    return sorted(root.glob("quarantine/*.mfs"))
 
 
 def grant(chunk: int, *, version: int = 1, lock: int = 1, fresh: bool = True) -> ChunkMap:

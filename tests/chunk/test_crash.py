@@ -136,8 +136,10 @@ class Story:
                 lost = e.status in (Status.NO_CHUNK, Status.BAD_CRC)
                 never = not model.exists if not power else not model.synced
                 assert lost and never, f"chunk {chunk}: {e}"
-                self.models[chunk] = fresh = Model()
-                fresh.version = 10 + model.version  # the old file, moved aside, has its name
+                self.models[chunk] = Model()
+                self.models[chunk].version = 10 + model.version
+                for version in (model.version, model.maybe_version or 0):
+                    self.store.set_aside(chunk, version)
 
     def _check(self, chunk: int, model: Model, *, power: bool) -> None:
         version = self.store.version_of(chunk)

@@ -9,6 +9,7 @@ import pytest
 from raftfs.chunk.disk import LABEL, Disk
 from raftfs.chunk.main import main, open_disks, parse_masters
 from raftfs.chunk.store import ChunkStore
+from raftfs.conf.hdd import HddLine
 from raftfs.errors import UserError
 from tests.chunk.parts import CLUSTER, make_store, write
 
@@ -74,7 +75,7 @@ def test_unusable_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be used"):
         Disk(Path("/proc/raftfs"))
     with pytest.raises(UserError, match="given twice"):
-        open_disks([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+        open_disks([HddLine(1, tmp_path / "a"), HddLine(2, tmp_path / "b" / ".." / "a")])
     Disk(tmp_path / "a").close()
 
 

@@ -11,7 +11,7 @@ import pytest
 from raftfs.chunk import masterlink
 from raftfs.chunk.masterlink import MasterLinks
 from raftfs.chunk.terms import TermGate
-from raftfs.errors import ReplyError, Status, UserError
+from raftfs.errors import RaftfsError, ReplyError, Status, UserError
 from raftfs.wire import messages as m
 from raftfs.wire import rpc
 from raftfs.wire.auth import ClusterKey
@@ -98,7 +98,7 @@ async def refused(order: Awaitable[None], status: int) -> None:
 def test_every_master_hears_all_and_links_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masterlink, "_REPORT_SLICE", 2)
+    monkeypatch.setattr(masterlink, "REPORT_SLICE", 2)
 
     async def story() -> None:
         with servers(tmp_path, 1) as (server,):
@@ -272,5 +272,88 @@ def test_a_master_that_another_one_names_is_reported_to(tmp_path: Path) -> None:
                 await until(lambda: new.link)
                 assert new.kinds() == ["ServerHello", "Copies", "Ready"]
             await new.stop()
+
+    run(story())
+
+
+def test_masters_hear_of_damaged_and_leaving_copies_also_when_they_come_later(
+    tmp_path: Path,
+) -> None:
+    async def story() -> None:
+        with servers(tmp_path, 1) as (server,):
+            store = server.store
+            for chunk in (1, 2, 3):
+                write(store, chunk, 0, noise(chunk, 100))
+            store.rest_idle(-1.0)
+            path = chunk_file(server.root, 2)
+            path.write_bytes(path.read_bytes()[:-1])
+            a, b = Master(), Master()
+            async with linked(server, a):
+                await until(lambda: a.link)
+                with pytest.raises(ReplyError):
+                    read(store, 2, 0, 100)
+                store.push(0, away=True)
+                await until(lambda: a.kinds()[-2:] == ["Changed", "Changed"])
+                damaged, leaving = [t for t in a.told if isinstance(t, m.Changed)]
+                assert damaged.damaged == [m.CopyId(2, 1)]
+                (told,) = damaged.stories
+                assert (told.chunk, told.block, told.part, told.found_by) == (2, 0, "data", "read")
+                assert sorted(leaving.leaving) == [1, 2, 3] and leaving.staying == ()
+                store.push(0, away=False)
+                await until(lambda: a.kinds()[-1:] == ["Changed"] and a.told)
+                await until(lambda: [t for t in a.told if getattr(t, "staying", ())])
+                store.push(0, away=True)
+            async with linked(server, b):
+                await until(lambda: b.link)
+                parts = [t for t in b.told if isinstance(t, m.Copies)]
+                assert sorted(c.chunk for t in parts for c in t.copies) == [1, 3]
+                assert [d for t in parts for d in t.damaged] == [told]
+                assert sorted(c for t in parts for c in t.leaving) == [1, 2, 3]
+
+    run(story())
+
+
+def test_orders_about_damage_and_disks(tmp_path: Path) -> None:
+    tuned: list[tuple[str, str]] = []
+
+    def tune(action: str, value: str) -> None:
+        if value == "/none":
+            raise RaftfsError("/none is no disk")
+        tuned.append((action, value))
+
+    async def story() -> None:
+        with servers(tmp_path, 1) as (server,):
+            store = server.store
+            for chunk in (1, 2):
+                write(store, chunk, 0, noise(chunk, 100))
+            store.rest_idle(-1.0)
+            rotten = chunk_file(server.root, 2)
+            raw = rotten.read_bytes()
+            rotten.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+            master = Master()
+            await master.start()
+            links = MasterLinks(
+                store, [("127.0.0.1", master.port)], ("h", server.data.port), KEY, list, tune
+            )
+            links.start()
+            try:
+                await until(lambda: master.link)
+                await master.order(m.Confirm(3, 1, 1))
+                await refused(master.order(m.Confirm(3, 1, 2)), Status.WRONG_VERSION)
+                await refused(master.order(m.Confirm(3, 2, 1)), Status.BAD_CRC)
+                await refused(master.order(m.SetAside(2, 2, 1)), Status.OLD_TERM)
+                assert rotten.exists()
+                await master.order(m.SetAside(3, 2, 1))
+                assert not rotten.exists() and store.copies() == [m.CopyId(1, 1)]
+                gone = [t for t in master.told if isinstance(t, m.Changed)][-1]
+                assert gone.gone == [m.CopyId(2, 1)]
+                await master.order(m.Tune(3, "scrub-rate", "5"))
+                assert tuned == [("scrub-rate", "5")]
+                with pytest.raises(ReplyError) as e:
+                    await master.order(m.Tune(3, "retest", "/none"))
+                assert b"/none is no disk" in e.value.value
+            finally:
+                await links.stop()
+                await master.stop()
 
     run(story())

@@ -11,8 +11,8 @@ from raftfs.chunk.door import FileDoor
 from raftfs.const import BLOCK_SIZE, CHUNK_SIZE
 from raftfs.errors import ReplyError, Status
 from raftfs.wire.frame import ZERO_BLOCK_CRC, piece_crcs
-from raftfs.wire.messages import CopyId
-from tests.chunk.parts import chunk_file, make_store, noise, read, write
+from raftfs.wire.messages import CopyId, Damage
+from tests.chunk.parts import aside, chunk_file, ids, make_store, noise, read, write
 
 
 def test_a_small_file_takes_no_more_than_it_has(tmp_path: Path) -> None:
@@ -92,23 +92,23 @@ def test_damage_of_any_byte_is_found_and_never_returned(tmp_path: Path) -> None:
     for at in header + table + rest:
         path.write_bytes(good[:at] + bytes([good[at] ^ 1 << draw.randrange(8)]) + good[at + 1 :])
         store = make_store(tmp_path)
-        told: list[CopyId] = []
+        told: list[Damage] = []
         store.report = lambda made, gone, damaged, told=told: told.extend(damaged)  # type: ignore
         with pytest.raises(ReplyError) as e:
             store.read(1, 1, BLOCK_SIZE, len(content))
         assert e.value.status == Status.BAD_CRC, at
-        assert told == [CopyId(1, 1)] and store.copies() == []
+        assert ids(told) == [CopyId(1, 1)] and store.copies() == []
+        assert path.exists()  # it may be the last one
+        store.set_aside(1, 1)
         store.close()
-        aside = path.with_name(path.name + ".damaged")
-        assert aside.exists() and not path.exists()  # kept for the administrator
-        aside.unlink()
+        assert aside(tmp_path) and not path.exists()  # kept for the administrator
     for cut in (1, 100, 8191, len(good) - 1):
         path.write_bytes(good[:cut])
         store = make_store(tmp_path)
         with pytest.raises(ReplyError):
             store.read(1, 1, BLOCK_SIZE, len(content))
+        store.set_aside(1, 1)
         store.close()
-        path.with_name(path.name + ".damaged").unlink()
     path.write_bytes(good)
     store = make_store(tmp_path)
     assert read(store, 1, BLOCK_SIZE, len(content)) == content
@@ -145,7 +145,8 @@ def test_damage_under_a_partial_write_is_reported_not_covered(tmp_path: Path) ->
     with pytest.raises(ReplyError) as e:
         write(store, 1, 0, b"hides it?")
     assert e.value.status == Status.BAD_CRC
-    assert path.with_name(path.name + ".damaged").read_bytes()[8192:8201] == content[:9]
+    assert path.read_bytes()[8192:8201] == content[:9]
+    assert store.copies() == [] and [d.found_by for d in store.damages()] == ["write"]
     store.close()
 
 
@@ -265,7 +266,7 @@ def test_disk_errors_are_told_and_a_lost_sync_is_never_forgotten(tmp_path: Path)
     door = FaultyDoor()
     store = make_store(tmp_path, door=door)
     write(store, 1, 0, b"data")
-    told: list[CopyId] = []
+    told: list[Damage] = []
     store.report = lambda made, gone, damaged: told.extend(damaged)
     door.fail = {"sync": errno.EIO}
     for _ in range(2):
@@ -276,7 +277,8 @@ def test_disk_errors_are_told_and_a_lost_sync_is_never_forgotten(tmp_path: Path)
     store.rest_idle(-1.0)
     with pytest.raises(ReplyError):
         store.raise_version(1, 2, 2)
-    assert told == [CopyId(1, 1)] and store.copies() == []
+    assert ids(told) == [CopyId(1, 1)] and store.copies() == []
+    assert (told[0].part, told[0].found, told[0].found_by) == ("io", "EIO", "write")
     door.fail = {"pread": errno.EIO}
     with pytest.raises(ReplyError) as e:
         read(store, 1, 0, 4)
@@ -332,5 +334,5 @@ def test_of_two_files_of_one_chunk_the_newer_is_the_copy(tmp_path: Path) -> None
     old.write_bytes(kept)
     store = make_store(tmp_path)
     assert store.copies() == [CopyId(1, 2)]
-    assert old.with_name(old.name + ".damaged").exists() and not old.exists()
+    assert len(aside(tmp_path)) == 1 and not old.exists()
     store.close()

@@ -18,10 +18,10 @@ DISK = "48M"
 
 
 @contextmanager
-def small_disk(place: Path) -> Iterator[Path]:
+def small_disk(place: Path, size: str = DISK) -> Iterator[Path]:
     """A file system of its own."""
     place.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "raftfs-test", str(place)],
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "raftfs-test", str(place)],
                    check=True, timeout=30)  # fmt: skip
     try:
         yield place

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from raftfs.const import CHUNK_SIZE, DISK_LEAVE_FREE
 from raftfs.errors import ReplyError, Status
-from raftfs.wire.messages import CopyId
+from raftfs.wire.messages import CopyId, Damage
 
 if TYPE_CHECKING:
     from tests.sim.promises import Promises
 
 _ROOM = 40 * CHUNK_SIZE + DISK_LEAVE_FREE
-Report = Callable[[list[CopyId], list[CopyId], list[CopyId]], None]
+Report = Callable[[list[CopyId], list[CopyId], list[Damage]], None]
 
 
 class Copy:
@@ -79,6 +79,7 @@ class CopyStore:
         self._disk, self._law = disk, law
         self.server, self.cluster = disk.server, disk.cluster
         self.report: Report = lambda made, gone, damaged: None
+        self.report_leaving: Callable[[list[int], bool], None] = lambda chunks, leaving: None
         self.acting = 0  # the term whose order is carried out just now
 
     # --- as `ChunkStore`
@@ -112,6 +113,10 @@ class CopyStore:
         """Bytes in all and used."""
         return _ROOM, _ROOM if self._disk.full else len(self) * CHUNK_SIZE
 
+    def room(self) -> int:
+        """Bytes that new copies may take."""
+        return 0 if self._disk.full else max(0, _ROOM - DISK_LEAVE_FREE - len(self) * CHUNK_SIZE)
+
     def raise_version(self, chunk: int, version: int, token: int) -> None:
         """Durably."""
         copy = self._held(chunk, None)
@@ -125,6 +130,18 @@ class CopyStore:
             self._law.seen["version raised"] += 1
             self.report([CopyId(chunk, version)], [CopyId(chunk, old)], [])
         self._law.copy_changed(self.server, chunk, copy)
+
+    def confirm(self, chunk: int, version: int) -> None:
+        """There is one at exactly this version."""
+        self._held(chunk, version)
+
+    def leaving(self) -> list[int]:
+        """No disk is ever marked for removal here."""
+        return []
+
+    def damages(self) -> list[Damage]:
+        """None is ever found damaged here."""
+        return []
 
     def destroy(self, chunk: int, version: int) -> None:
         """At exactly this version, 0: any."""

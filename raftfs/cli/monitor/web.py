@@ -11,6 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
+from raftfs.cli.disks import disk_object
 from raftfs.errors import UserError
 from raftfs.units import format_size
 from raftfs.wire.messages import ReplicaStatus
@@ -54,6 +55,7 @@ def status_object(status: ReplicaStatus) -> dict[str, Any]:
             {
                 "server": s.server.hex(), "address": f"{s.host}:{s.port}", "total": s.total,
                 "used": s.used, "chunks": s.chunks, "connected": s.connected,
+                "disks": [disk_object(d) for d in s.disks],
             }
             for s in status.servers
         ],
@@ -67,6 +69,7 @@ def status_object(status: ReplicaStatus) -> dict[str, Any]:
 
 def metrics_text(status: ReplicaStatus, figures: Mapping[str, float]) -> str:
     """The replica's numbers in Prometheus' text format. A counter's name ends with `_total`."""
+    disks = [d for s in status.servers if s.connected for d in s.disks]
     gauges = {
         "raftfs_is_leader": int(status.role == "leader"),
         "raftfs_term": status.leader.term,
@@ -77,6 +80,12 @@ def metrics_text(status: ReplicaStatus, figures: Mapping[str, float]) -> str:
         "raftfs_chunkservers_connected": sum(s.connected for s in status.servers),
         "raftfs_space_total_bytes": sum(s.total for s in status.servers if s.connected),
         "raftfs_space_used_bytes": sum(s.used for s in status.servers if s.connected),
+        "raftfs_disks_damaged": sum(d.state == "damaged" for d in disks),
+        "raftfs_copies_damaged": sum(d.damaged for d in disks),
+        "raftfs_quarantined_files": sum(d.quarantined for d in disks),
+        "raftfs_scrub_longest_cycle_seconds": max(
+            (d.scrub.last_ended - d.scrub.last_began for d in disks), default=0
+        ),
         "raftfs_sessions": status.sessions,
         "raftfs_nodes": status.nodes,
         "raftfs_chunks": status.chunks,

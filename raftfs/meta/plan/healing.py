@@ -65,13 +65,14 @@ def spared(committed: int, restored: int, settled: int, version: int) -> bool:
 
 def judge(
     committed: int, reserved: int, goal: int, copies: Mapping[bytes, int], restored: int = 0,
-    doubtful: Collection[bytes] = (),
+    doubtful: Collection[bytes] = (), leaving: Collection[bytes] = (),
 ) -> Verdict:  # fmt: skip
     """Weigh `copies` (server -> version) of a chunk at version `committed`, up to `reserved`.
 
     Of several groups of good copies the largest is chosen (losing a copy costs more than bytes that
     nobody acknowledged); of equally large ones, and after a restore, the newest. Of doubtful ones
-    just one: they may differ. Doubtful ones have the rest raised, so that they become stale.
+    just one: they may differ. Doubtful ones have the rest raised, so that they become stale. Copies
+    on servers that are `leaving` are as good as others, but the goal has to be met without them.
     """
     groups: dict[int, list[bytes]] = {}
     best = good(committed, reserved, copies, restored, doubtful)
@@ -83,12 +84,13 @@ def judge(
         chosen = chosen[:1]
     current = _current(committed, reserved, copies, restored)
     doubts = any(server in doubtful for server in current)
+    wanted = max(0, goal - sum(server not in leaving for server in chosen))
     stale = tuple((s, v) for s, v in sorted(copies.items()) if s not in chosen)
     return Verdict(
         chosen=chosen,
         version=version,
         settle=bool(chosen) and (version != committed or doubts),
         stale=stale,
-        wanted=max(0, goal - len(chosen)),
-        surplus=max(0, len(chosen) - goal),
+        wanted=wanted,
+        surplus=0 if wanted else max(0, len(chosen) - goal),
     )

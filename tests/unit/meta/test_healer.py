@@ -1,9 +1,13 @@
 """Healing: copies are added up to the goal, and none is destroyed that no entry condemned."""
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
+from raftfs.errors import ReplyError, Status
 from raftfs.meta.healer import Healer, HealingConfig
 from raftfs.meta.state import read
 from raftfs.wire import messages as m
@@ -191,5 +195,150 @@ def test_a_copy_that_nobody_knows_is_kept_for_its_delay() -> None:
 
         await healed(world, wait)
         assert world.of(ops.DropCopy)[-1] < world.of(m.Destroy)[-1]
+
+    asyncio.run(story())
+
+
+def rot(world: Recorded, number: int, chunk: int) -> None:
+    """The server finds its copy damaged, and tells; it obeys SetAside by letting it go."""
+    server = world.servers[number]
+    known = world.hub.servers[server.uuid]
+    copy = server.copies.pop(chunk)
+    ident = m.CopyId(chunk, copy.version)
+    story = m.Damage(chunk, copy.version, "/d", "data", 3, "a", "b", "scrub", 1, "rotten")
+    obey = server.obey
+
+    def aside(order: Any, there: World) -> None:
+        obey(order, there)
+        if isinstance(order, m.SetAside):
+            world.hub.handle(known.link, m.Changed([], [ident], []))
+
+    server.obey = aside  # type: ignore[method-assign]
+    world.hub.handle(known.link, m.Changed([], [], [ident], (story,)))
+
+
+def test_a_damaged_copy_is_set_aside_by_a_committed_entry_and_made_anew() -> None:
+    async def story() -> None:
+        world = Recorded(servers=3, goal=3)
+        chunk = await written(world)
+        rot(world, 1, chunk)
+        assert world.hub.damaged == {chunk: {world.servers[1].uuid}}
+        assert world.grants.locations(read.chunk(world.rows, chunk), "")  # the good ones
+        await healed(world, lambda h: until(lambda: len(holders(world, chunk)) == 3))
+        (drop,), (aside,) = world.of(ops.DropCopy), world.of(m.SetAside)
+        confirmed = [at for at in world.of(m.Confirm) if at < drop]
+        assert len(confirmed) == 2 and drop < aside < min(world.of(m.Replicate))
+        assert world.hub.damaged == {} and not world.of(m.Destroy)
+        world.check()
+
+    asyncio.run(story())
+
+
+def test_the_last_copy_stays_where_it_is_and_readers_are_sent_to_it() -> None:
+    async def story() -> None:
+        world = Recorded(servers=2, goal=2)
+        chunk = await written(world)
+        world.crash(world.servers[0])
+        rot(world, 1, chunk)
+
+        async def idle(healer: Healer) -> None:
+            await until(lambda: healer.missing == {chunk})
+            await asyncio.sleep(0.3)
+
+        await healed(world, idle)
+        assert not world.of(m.SetAside) and not world.of(ops.DropCopy)
+        found = world.grants.locate(world.inode, 0, "")
+        assert [c.server for c in found.copies] == [world.servers[1].uuid]
+        world.restart(world.servers[0])  # a good one comes back
+        await asyncio.sleep(0.05)
+        found = world.grants.locate(world.inode, 0, "")
+        assert [c.server for c in found.copies] == [world.servers[0].uuid]
+        await healed(world, lambda h: until(lambda: world.hub.damaged == {}))
+        assert world.of(m.SetAside)
+
+    asyncio.run(story())
+
+
+def test_nothing_is_set_aside_nor_dropped_for_a_copy_that_is_not_what_it_was_taken_for() -> None:
+    async def story() -> None:
+        world = Recorded(servers=3, goal=2)
+        chunk = await written(world)
+        first, second = holders(world, chunk)
+        (third,) = {0, 1, 2} - {first, second}
+        wrong = world.servers[third]
+        wrong.copies[chunk] = world.servers[first].copies[chunk]  # by its name only
+        world.report()
+        obey = wrong.obey
+
+        def refuses(order: Any, there: World) -> None:
+            if isinstance(order, m.Confirm):
+                raise ReplyError(Status.BAD_CRC)
+            obey(order, there)
+
+        wrong.obey = refuses  # type: ignore[method-assign]
+
+        async def idle(healer: Healer) -> None:
+            await until(lambda: bool(world.of(m.Confirm)))
+            await asyncio.sleep(0.3)
+
+        await healed(world, idle)
+        assert not world.of(m.Destroy) and not world.of(ops.DropCopy)
+
+    asyncio.run(story())
+
+
+def test_a_damaged_copy_of_a_deleted_file_goes_as_the_others_do() -> None:
+    async def story() -> None:
+        world = Recorded(servers=2, goal=2)
+        chunk = await written(world)
+        server = world.servers[1]
+        rot(world, 1, chunk)
+        known = world.hub.servers[server.uuid]
+        obey = server.obey
+
+        def destroys(order: Any, there: World) -> None:
+            obey(order, there)
+            if isinstance(order, m.Destroy):
+                world.hub.handle(known.link, m.Changed([], [m.CopyId(chunk, 1)], []))
+
+        server.obey = destroys  # type: ignore[method-assign]
+        world.apply(world.session, 2, ops.Unlink(1, b"f"))
+        await healed(world, lambda h: until(lambda: read.chunk(world.rows, chunk) is None))
+        assert len(world.of(m.Destroy)) == 2 and world.hub.damaged == {}
+
+    asyncio.run(story())
+
+
+def test_copies_on_a_disk_to_be_pulled_are_made_elsewhere_before_they_go() -> None:
+    async def story() -> None:
+        world = Recorded(servers=3, goal=2)
+        chunk = await written(world)
+        here, there = holders(world, chunk)
+        known = world.hub.servers[world.servers[here].uuid]
+        world.hub.handle(known.link, m.Changed([], [], [], (), (chunk,)))
+        (free,) = {0, 1, 2} - {here, there}
+        await healed(world, lambda h: until(lambda: holders(world, chunk) == sorted({there, free})))
+        (replicated,), (drop,), (gone,) = map(world.of, (m.Replicate, ops.DropCopy, m.Destroy))
+        assert replicated < drop < gone and known.leaving == set()
+        world.check()
+
+    asyncio.run(story())
+
+
+def test_a_writer_hears_at_once_that_all_disks_are_full_but_waits_for_a_server() -> None:
+    async def story() -> None:
+        world = Recorded(servers=2, goal=2)
+        grants = await world.elect()
+
+        async def refused() -> int:
+            for server in world.hub.servers.values():
+                world.hub.handle(server.link, m.Space(1000, 1000, 0, (), 0))
+            with pytest.raises(ReplyError) as e:
+                await grants.grant(world.session, m.WriteChunk(world.inode, 0, []))
+            return e.value.status
+
+        assert await refused() == errno.ENOSPC
+        world.crash(world.servers[1])
+        assert await refused() == Status.NO_SERVERS
 
     asyncio.run(story())

@@ -68,7 +68,7 @@ def service(rows: DictRows) -> ClientService:
     leader: Any = Leader(rows)
     return ClientService(
         rows, leader, proposals, unused, unused, exports.default_lines(), unused, unused,
-        ClusterKey(b"k" * 32),
+        ClusterKey(b"k" * 32), unused,
     )  # fmt: skip
 
 

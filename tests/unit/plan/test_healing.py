@@ -86,3 +86,13 @@ def test_placement_weighs_by_free_space_and_skips_the_full() -> None:
 def test_readers_prefer_their_own_host() -> None:
     copies = [(A, "h1"), (B, "h2"), (C, "h3")]
     assert read_order(copies, "h2", _draws(0.9, 0.5, 0.1)) == [B, C, A]
+
+
+def test_a_copy_that_leaves_counts_for_readers_but_not_for_the_goal() -> None:
+    verdict = judge(5, 5, 2, {A: 5, B: 5}, leaving={A})
+    assert (verdict.chosen, verdict.wanted, verdict.surplus) == ((A, B), 1, 0)
+    verdict = judge(5, 5, 2, {A: 5, B: 5, C: 5}, 0, {A})
+    assert (verdict.wanted, verdict.surplus) == (0, 1)
+    assert judge(5, 5, 1, {A: 5}, 0, {A}).wanted == 1
+    verdict = judge(5, 5, 2, {A: 5, B: 5, C: 5}, 0, {A, B})
+    assert (verdict.wanted, verdict.surplus) == (1, 0), "none goes before there are enough"
