@@ -91,8 +91,8 @@ def test_readers_prefer_their_own_host() -> None:
 def test_a_copy_that_leaves_counts_for_readers_but_not_for_the_goal() -> None:
     verdict = judge(5, 5, 2, {A: 5, B: 5}, leaving={A})
     assert (verdict.chosen, verdict.wanted, verdict.surplus) == ((A, B), 1, 0)
-    verdict = judge(5, 5, 2, {A: 5, B: 5, C: 5}, 0, {A})
+    verdict = judge(5, 5, 2, {A: 5, B: 5, C: 5}, leaving={A})
     assert (verdict.wanted, verdict.surplus) == (0, 1)
-    assert judge(5, 5, 1, {A: 5}, 0, {A}).wanted == 1
-    verdict = judge(5, 5, 2, {A: 5, B: 5, C: 5}, 0, {A, B})
+    assert judge(5, 5, 1, {A: 5}, leaving={A}).wanted == 1
+    verdict = judge(5, 5, 2, {A: 5, B: 5, C: 5}, leaving={A, B})
     assert (verdict.wanted, verdict.surplus) == (1, 0), "none goes before there are enough"
