@@ -302,25 +302,24 @@ class Healer:
                     await self._destroy(now.id, version, server, "stale")
             if verdict.surplus:
                 leaving = self._hub.leaving_of(now.id, verdict.chosen)
-                await self._give_up_one(now, verdict.chosen, leaving)
+                await self._give_up_one(now, sure, leaving)
         if verdict.surplus > 1:
             self.examine([chunk.id], delay_s=0.0)
 
     async def _give_up_one(
-        self, chunk: ChunkRow, chosen: Iterable[bytes], leaving: Iterable[bytes]
+        self, chunk: ChunkRow, sure: Iterable[bytes], leaving: Iterable[bytes]
     ) -> None:
         """Of more copies than the goal asks for, one on a disk that is to be pulled if there is.
-        LinkError, and all stay, unless those that would be left are there: a server that has just
-        died still counts as connected.
+
+        `sure`: servers that have just confirmed theirs; others still count as connected, but may
+        have died. LinkError, and all stay, if the goal is not met by what would be left.
         """
-        fullest = min(leaving or chosen, key=lambda s: self._hub.servers[s].free)
-        term = m.NewTerm(self._hub.term)  # known to them; only the answer matters
-        there = await self._hub.order_all({s: term for s in chosen if s != fullest})
+        fullest = min(leaving or sure, key=lambda s: self._hub.servers[s].free)
         now = read.chunk(self._rows, chunk.id)  # its goal may have risen
         if now is None:
             return
         # Whatever befell their copies was reported before they answered.
-        left = set(there) & set(self._grants.verdict(now).chosen)
+        left = set(sure) & set(self._grants.verdict(now).chosen) - {fullest}
         if len(left) < now.goal:
             raise LinkError("servers that hold the other copies do not answer")
         await self._proposer.commit(DropCopy(now.id, now.version, fullest))

@@ -120,6 +120,11 @@ SERVICES: dict[str, Planted] = {
     ),
 }  # fmt: skip
 
+_NOBODY_CONFIRMS = edited(
+    Healer, "_destroy_surplus",
+    ("await self._confirmed(now.id, now.version, verdict.chosen)", "list(verdict.chosen)"),
+)  # fmt: skip
+
 DATA: dict[str, Planted] = {
     "chunkservers obey deposed leaders": edited(
         TermGate, "check", ("if term < self._highest:", "if False:")
@@ -130,11 +135,9 @@ DATA: dict[str, Planted] = {
     # an order, which tells the term as well.
     "servers count before they know the term, and are not asked": several(
         edited(ChunkHub, "is_fenced", ("and server.fenced_term == self._term()", "")),
-        edited(Healer, "_give_up_one", ("if len(left) < now.goal:", "if False:")),
+        _NOBODY_CONFIRMS,
     ),
-    "surplus copies go although the others do not answer": edited(
-        Healer, "_give_up_one", ("if len(left) < now.goal:", "if False:")
-    ),
+    "surplus copies go although the others do not answer": _NOBODY_CONFIRMS,
     "versions are never raised": edited(
         Grants, "grant",
         ("clean and self._is_proven(chunk, usable) and len(usable) >= self._attainable(chunk)",
