@@ -16,6 +16,7 @@ import structlog
 from raftfs.const import CHUNK_SIZE, DISK_LEAVE_FREE, HEARTBEAT_S
 from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.meta.plan.placement import Candidate
+from raftfs.meta.stories import Stories
 from raftfs.wire import messages as m
 from raftfs.wire.rpc import Link
 
@@ -44,6 +45,8 @@ class ChunkServer:
         self.copies: dict[int, int] = {}
         self.doubtful: set[int] = set()  # of these chunks it may have lost acknowledged writes
         self.ready_at = 0.0
+        self.away: dict[int, int] = {}  # what it had when its link was lost, until it is back
+        self.away_since = 0  # ns since the epoch
 
     @property
     def connected(self) -> bool:
@@ -71,8 +74,10 @@ class ChunkHub:
         term: Callable[[], int],
         on_change: Callable[[Iterable[int]], None],
         masters: Callable[[], list[str]] = list,
+        stories: Stories | None = None,
     ) -> None:
         """`masters()`: where all masters listen for chunkservers, as host:port."""
+        self.stories = stories or Stories()
         self._cluster = cluster
         self._term = term
         self._on_change = on_change
@@ -122,16 +127,22 @@ class ChunkHub:
         old = self.servers.get(hello.server)
         if old is None and len(self.servers) >= SERVERS_MAX:
             raise RaftfsError(f"there are {SERVERS_MAX} chunkservers already")
+        server = ChunkServer(hello, link)
         if old is not None:
             self._forget_copies(old)
             old.link.close()
-        link.context = self.servers[hello.server] = ChunkServer(hello, link)
+            server.away, server.away_since = old.away, old.away_since
+        link.context = self.servers[hello.server] = server
         log.info("chunkserver connected", server=hello.server.hex(), address=_address(hello))
         return cluster
 
     def _ready(self, server: ChunkServer) -> None:
         server.ready = True
         server.ready_at = time.monotonic()
+        for chunk, version in server.away.items():
+            if chunk not in server.copies:
+                self.stories.note(chunk, "absent", server.uuid, version)
+        server.away = {}
         log.info("chunkserver ready", server=server.uuid.hex(), copies=len(server.copies),
                  doubtful=len(server.doubtful))  # fmt: skip
         if self._leading:
@@ -148,6 +159,8 @@ class ChunkHub:
 
     def _forget_copies(self, server: ChunkServer) -> None:
         copies, server.copies = server.copies, {}
+        if copies:
+            server.away, server.away_since = {**server.away, **copies}, self.stories.now_ns()
         server.doubtful.clear()
         for chunk in copies:
             self._gone(server.uuid, chunk)
@@ -160,6 +173,7 @@ class ChunkHub:
             server.copies[copy.chunk] = copy.version
             (server.doubtful.add if copy.doubtful else server.doubtful.discard)(copy.chunk)
             self.where.setdefault(copy.chunk, {})[server.uuid] = copy.version
+            self.stories.came(copy.chunk, server.uuid)
 
     def _gone(self, uuid: bytes, chunk: int) -> None:
         holders = self.where.get(chunk)
@@ -169,12 +183,17 @@ class ChunkHub:
                 del self.where[chunk]
 
     def _changed(self, server: ChunkServer, event: m.Changed) -> None:
+        replaced = {copy.chunk for copy in event.made}
         for copy in (*event.gone, *event.damaged):
             if server.copies.get(copy.chunk) == copy.version:
                 del server.copies[copy.chunk]
                 server.doubtful.discard(copy.chunk)
                 self._gone(server.uuid, copy.chunk)
+        for copy in event.gone:
+            if copy.chunk not in replaced:
+                self.stories.note(copy.chunk, "gone", server.uuid, copy.version)
         for copy in event.damaged:
+            self.stories.note(copy.chunk, "damaged", server.uuid, copy.version)
             log.warning(
                 "copy damaged", chunk=f"{copy.chunk:016X}", server=server.uuid.hex(),
                 address=_address(server),
@@ -280,9 +299,21 @@ class ChunkHub:
             elif isinstance(outcome, ReplyError | LinkError):
                 log.warning("order failed", order=repr(order), server=uuid.hex(),
                             reason=str(outcome))  # fmt: skip
+                self._note_failed(uuid, order, str(outcome))
             else:
                 raise outcome
         return good
+
+    def _note_failed(self, uuid: bytes, order: m.ChunkOrder, reason: str) -> None:
+        if not isinstance(order, m.NewTerm):
+            version = order.version
+            detail = f"{type(order).__name__}: {reason}"
+            self.stories.note(order.chunk, "order failed", uuid, version, detail)
+
+    def address_of(self, uuid: bytes) -> str:
+        """Where a server is or was, as host:port; "" for one that this master never saw."""
+        server = self.servers.get(uuid)
+        return _address(server) if server is not None else ""
 
     def location(self, uuid: bytes, version: int) -> m.Location:
         """Where a copy is, for a client."""
