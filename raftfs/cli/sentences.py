@@ -47,7 +47,7 @@ def copy(c: q.CopyStory) -> str:
     where = f"{c.address} (server {c.server.hex()[:8]})"
     if c.state == "away":
         since = f" since {when(c.since)}" if c.since else ""
-        return f"{where}: version {c.version}, away: the server is not connected{since}"
+        return f"{where}: version {c.version}, out of reach: its server is away{since}"
     if c.state == "left":
         return f"{where}: had version {c.version} until {when(c.since)}: {_WHY_LEFT[c.why]}"
     text = f"{where}: version {c.version}, {_STATES[c.state]}"
