@@ -37,7 +37,7 @@ _STATES = {
 _WHY_LEFT = {
     "damaged": "it was found damaged",
     "gone": "its server reported that it is gone",
-    "absent": "its server came back without it",
+    "absent": "its server no longer has it, or came back without it",
     "destroyed": "a leader had it destroyed",
 }
 

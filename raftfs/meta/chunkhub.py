@@ -7,6 +7,7 @@ A server counts for decisions of a leader only once it has acknowledged the lead
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -29,6 +30,8 @@ FENCE_RETRY_S = 0.2
 SILENCE_S = 4 * HEARTBEAT_S
 SUSPECT_S = 10.0
 SERVERS_MAX = 1_000
+NOTED_MAX = 1_000  # of one report, copies that went whose stories are told one by one
+ABSENT_MAX = 200_000  # of a server, copies that went all together and are remembered
 
 
 class ChunkServer:
@@ -47,6 +50,9 @@ class ChunkServer:
         self.ready_at = 0.0
         self.away: dict[int, int] = {}  # what it had when its link was lost, until it is back
         self.away_since = 0  # ns since the epoch
+        # Copies that it had and then, many at once, had no longer: a disk was lost, perhaps.
+        self.absent: dict[int, int] = {}
+        self.absent_since = 0
 
     @property
     def connected(self) -> bool:
@@ -132,6 +138,7 @@ class ChunkHub:
             self._forget_copies(old)
             old.link.close()
             server.away, server.away_since = old.away, old.away_since
+            server.absent, server.absent_since = old.absent, old.absent_since
         link.context = self.servers[hello.server] = server
         log.info("chunkserver connected", server=hello.server.hex(), address=_address(hello))
         return cluster
@@ -139,9 +146,7 @@ class ChunkHub:
     def _ready(self, server: ChunkServer) -> None:
         server.ready = True
         server.ready_at = time.monotonic()
-        for chunk, version in server.away.items():
-            if chunk not in server.copies:
-                self.stories.note(chunk, "absent", server.uuid, version)
+        self._lack(server, {c: v for c, v in server.away.items() if c not in server.copies})
         server.away = {}
         log.info("chunkserver ready", server=server.uuid.hex(), copies=len(server.copies),
                  doubtful=len(server.doubtful))  # fmt: skip
@@ -168,11 +173,20 @@ class ChunkHub:
 
     # --- copies
 
+    def _lack(self, server: ChunkServer, copies: dict[int, int]) -> None:
+        """The server no longer has any of these: kept for who asks why a chunk is missing."""
+        if copies:
+            absent = {**server.absent, **copies}
+            excess = max(0, len(absent) - ABSENT_MAX)
+            server.absent = dict(itertools.islice(absent.items(), excess, None))
+            server.absent_since = self.stories.now_ns()
+
     def _made(self, server: ChunkServer, copies: Iterable[m.CopyId]) -> None:
         for copy in copies:
             server.copies[copy.chunk] = copy.version
             (server.doubtful.add if copy.doubtful else server.doubtful.discard)(copy.chunk)
             self.where.setdefault(copy.chunk, {})[server.uuid] = copy.version
+            server.absent.pop(copy.chunk, None)
             self.stories.came(copy.chunk, server.uuid)
 
     def _gone(self, uuid: bytes, chunk: int) -> None:
@@ -189,9 +203,11 @@ class ChunkHub:
                 del server.copies[copy.chunk]
                 server.doubtful.discard(copy.chunk)
                 self._gone(server.uuid, copy.chunk)
-        for copy in event.gone:
-            if copy.chunk not in replaced:
-                self.stories.note(copy.chunk, "gone", server.uuid, copy.version)
+        gone = [copy for copy in event.gone if copy.chunk not in replaced]
+        if len(gone) > NOTED_MAX:
+            self._lack(server, {copy.chunk: copy.version for copy in gone[NOTED_MAX:]})
+        for copy in gone[:NOTED_MAX]:
+            self.stories.note(copy.chunk, "gone", server.uuid, copy.version)
         for copy in event.damaged:
             self.stories.note(copy.chunk, "damaged", server.uuid, copy.version)
             log.warning(

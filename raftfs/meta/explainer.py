@@ -112,6 +112,11 @@ class Explainer:
                 known.add(server.uuid)
                 copy = self._copy(server, version, "away")
                 found.append(replace(copy, since=server.away_since))
+            version = server.absent.get(number)
+            if version is not None and server.uuid not in known:
+                known.add(server.uuid)
+                copy = self._copy(server, version, "left")
+                found.append(replace(copy, since=server.absent_since, why="absent"))
         for uuid, left in self._hub.stories.left(number).items():
             if uuid not in known and uuid in self._hub.servers:
                 copy = self._copy(self._hub.servers[uuid], left.version, "left")

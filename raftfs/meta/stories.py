@@ -26,7 +26,7 @@ class Incident(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A copy that was there: `why` is damaged, gone, absent or destroyed."""
+    """A copy that was there: `why` is damaged, gone or destroyed."""
 
     version: int
     why: str
@@ -39,7 +39,7 @@ class _Story:
         self.left: OrderedDict[bytes, Left] = OrderedDict()
 
 
-_LOST = ("damaged", "gone", "absent", "destroyed")
+_LOST = ("damaged", "gone", "destroyed")
 
 
 class Stories:

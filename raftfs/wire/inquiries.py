@@ -52,8 +52,8 @@ class CopyStory(Record):
 
     `state`: good; doubtful (a power cut may have robbed it); stale; ahead (of what the state knows
     of); orphan; away (with its server, since `since`); left (since `since`, `why`: damaged, gone,
-    absent (when its server came back), destroyed). `kept_s`: orphans stay so long; -1 unknown.
-    `scrubbed`: when it was last read through, 0: not known.
+    absent (with others, or when its server came back), destroyed). `kept_s`: orphans stay so long;
+    -1 unknown. `scrubbed`: when (s since the epoch) it was last read through, 0: not known.
     """
 
     server: bytes
@@ -70,7 +70,7 @@ class CopyStory(Record):
 
 class Incident(Record):
     """What happened to a chunk at `at` (ns since the epoch): raised, replicated, destroyed, gone,
-    absent, damaged, order failed, repair failed. `address` "": no one server.
+    damaged, order failed, repair failed. `address` "": no one server.
     """
 
     at: int

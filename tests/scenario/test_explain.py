@@ -15,7 +15,9 @@ from tests.scenario.test_stories import write_synced
 
 
 def explained(cluster: ScenarioCluster, what: str) -> dict[str, Any]:
-    (story,) = json.loads(cluster.raftfs("explain", "chunk", what, "--json"))
+    """What is told of one chunk: a file in the mount, or a number."""
+    hosts = () if "/" in what else ("-H", masters(cluster))
+    (story,) = json.loads(cluster.raftfs("explain", "chunk", what, *hosts, "--json"))
     assert isinstance(story, dict)
     return story
 

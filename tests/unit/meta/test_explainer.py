@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raftfs.errors import ReplyError
-from raftfs.meta import stories
+from raftfs.meta import chunkhub, stories
 from raftfs.meta.explainer import Explainer
 from raftfs.meta.healer import Healer, HealingConfig
 from raftfs.wire import inquiries as q
@@ -181,5 +181,27 @@ def test_tools_ask_in_bounded_questions() -> None:
                     q.CheckRows("X")):  # fmt: skip
             with pytest.raises(ReplyError):
                 questions[type(ask)](ask)
+
+    asyncio.run(story())
+
+
+def test_copies_that_go_in_masses_are_remembered_within_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunkhub, "NOTED_MAX", 2)
+    monkeypatch.setattr(chunkhub, "ABSENT_MAX", 5)
+
+    async def story() -> None:
+        world = Recorded(servers=3, goal=2)
+        await world.elect()
+        server = world.hub.servers[world.servers[0].uuid]
+        copies = [m.CopyId(number, 1) for number in range(1, 21)]
+        world.hub.handle(server.link, m.Changed(copies, [], []))
+        world.hub.handle(server.link, m.Changed([], copies, []))
+        told = [bool(world.hub.stories.left(c.chunk)) for c in copies]
+        assert told == [True] * 2 + [False] * 18
+        assert list(server.absent) == [16, 17, 18, 19, 20] and server.absent_since > 0
+        world.hub.handle(server.link, m.Changed([m.CopyId(18, 2)], [], []))
+        assert 18 not in server.absent, "it has it again"
 
     asyncio.run(story())
