@@ -105,7 +105,8 @@ class Healer:
             return
         due = time.monotonic() + delay_s
         for chunk in chunks:
-            self._due.setdefault(chunk, due)
+            # One that waits for minutes may have become endangered meanwhile.
+            self._due[chunk] = min(due, self._due.get(chunk, due))
 
     # --- the loop
 
@@ -130,7 +131,7 @@ class Healer:
         after = 0
         while rows := read.chunks(self._rows, after, SLICE):
             for chunk in rows:
-                self._due.setdefault(chunk.id, 0.0)
+                self._due[chunk.id] = 0.0
             after = rows[-1].id
             await self._examine_due()
             await asyncio.sleep(SWEEP_PAUSE_S)
