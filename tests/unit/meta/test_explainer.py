@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raftfs.errors import ReplyError
-from raftfs.meta import chunkhub, stories
+from raftfs.meta import chunkhub, explainer, stories
 from raftfs.meta.explainer import Explainer
 from raftfs.meta.healer import Healer, HealingConfig
 from raftfs.wire import inquiries as q
@@ -203,5 +203,54 @@ def test_copies_that_go_in_masses_are_remembered_within_bounds(
         assert list(server.absent) == [16, 17, 18, 19, 20] and server.absent_since > 0
         world.hub.handle(server.link, m.Changed([m.CopyId(18, 2)], [], []))
         assert 18 not in server.absent, "it has it again"
+
+    asyncio.run(story())
+
+
+def test_a_writer_is_named_and_its_chunk_is_its_business() -> None:
+    async def story() -> None:
+        world = Recorded(servers=3, goal=2)
+        grants = await world.elect()
+        grant = await grants.grant(world.session, m.WriteChunk(world.inode, 0, []))
+        world.write(grant)
+        async with Asked(world) as asked:
+            assert asked.plan(grant.chunk).step == "writer"
+            story = asked.explainer.explain(grant.chunk)
+            assert (story.lock_session, story.locked_by) == (world.session, "test")
+            assert story.lock == grant.lock and story.lock_time > 0 and not story.born
+            page = asked.explainer.check_chunks(0)
+            assert (page.checked, page.writing, page.problems) == (1, 1, [])
+            world.finish(grant)
+            world.report()
+            assert asked.plan(grant.chunk).step == "none"
+            assert asked.explainer.explain(grant.chunk).locked_by == ""
+
+    asyncio.run(story())
+
+
+def test_every_chunk_is_on_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explainer, "CHUNKS_PAGE", 2)
+
+    async def story() -> None:
+        world = Recorded(servers=3, goal=2)
+        grants = await world.elect()
+        for index in range(5):
+            grant = await grants.grant(world.session, m.WriteChunk(world.inode, index, []))
+            assert world.write(grant) == [] and world.finish(grant) == 0
+        world.report()
+        for server in world.servers:
+            world.crash(server)
+        async with Asked(world) as asked:
+            checked, after, pages, found = 0, 0, 0, list[int]()
+            while pages == 0 or after:
+                page = asked.explainer.check_chunks(after)
+                checked, after, pages = checked + page.checked, page.after, pages + 1
+                found += [p.chunk for p in page.problems]
+            assert checked == 5 and found == [1, 2, 3, 4, 5] and pages == 3
+            listed, last = list[int](), 0
+            while chunks := asked.explainer.missing(last).chunks:
+                listed += [p.chunk for p in chunks]
+                last = listed[-1]
+            assert listed == found
 
     asyncio.run(story())
