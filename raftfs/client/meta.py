@@ -18,6 +18,7 @@ from raftfs.client.masters import Address, Masters
 from raftfs.client.session import Session
 from raftfs.const import PORT_CLIENTS, SESSION_WINDOW
 from raftfs.errors import LinkError, ReplyError, Status, UserError
+from raftfs.wire import inquiries as q
 from raftfs.wire import messages as m
 from raftfs.wire import ops
 from raftfs.wire.frame import FrameError
@@ -45,6 +46,13 @@ _ANSWERS: dict[type, Any] = {
     m.FileChunks: list[m.FileChunk],
     m.AskStatus: m.ReplicaStatus,
     m.ListMembers: list[m.MemberStatus],
+    q.WhereNodes: list[q.NodePlace],
+    q.FindNames: q.NamesPage,
+    q.ExplainChunk: q.ChunkStory,
+    q.ListMissing: q.MissingPage,
+    q.CheckChunks: q.CheckedPage,
+    q.CheckRows: q.RowsPage,
+    q.ListOrphans: q.OrphansPage,
     m.Challenge: bytes,
     m.Admin: str,
     ops.Create: ops.Attr,

@@ -7,6 +7,7 @@ A server counts for decisions of a leader only once it has acknowledged the lead
 """
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import structlog
 from raftfs.const import CHUNK_SIZE, DISK_LEAVE_FREE, HEARTBEAT_S
 from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.meta.plan.placement import Candidate
+from raftfs.meta.stories import Stories
 from raftfs.wire import messages as m
 from raftfs.wire.rpc import Link, decode
 
@@ -28,6 +30,8 @@ FENCE_RETRY_S = 0.2
 SILENCE_S = 4 * HEARTBEAT_S
 SUSPECT_S = 10.0
 SERVERS_MAX = 1_000
+NOTED_MAX = 1_000  # of one report, copies that went whose stories are told one by one
+ABSENT_MAX = 200_000  # of a server, copies that went all together and are remembered
 
 
 class ChunkServer:
@@ -51,6 +55,11 @@ class ChunkServer:
         self.damaged: dict[int, m.Damage] = {}
         self.leaving: set[int] = set()  # chunks whose copies are on disks that are to be pulled
         self.disks: tuple[m.DiskStatus, ...] = ()
+        self.away: dict[int, int] = {}  # what it had when its link was lost, until it is back
+        self.away_since = 0  # ns since the epoch
+        # Copies that it had and then, many at once, had no longer: a disk was lost, perhaps.
+        self.absent: dict[int, int] = {}
+        self.absent_since = 0
 
     @property
     def connected(self) -> bool:
@@ -84,8 +93,10 @@ class ChunkHub:
         term: Callable[[], int],
         on_change: Callable[[Iterable[int]], None],
         masters: Callable[[], list[str]] = list,
+        stories: Stories | None = None,
     ) -> None:
         """`masters()`: where all masters listen for chunkservers, as host:port."""
+        self.stories = stories or Stories()
         self._cluster = cluster
         self._term = term
         self._on_change = on_change
@@ -139,16 +150,21 @@ class ChunkHub:
         old = self.servers.get(hello.server)
         if old is None and len(self.servers) >= SERVERS_MAX:
             raise RaftfsError(f"there are {SERVERS_MAX} chunkservers already")
+        server = ChunkServer(hello, link)
         if old is not None:
             self._forget_copies(old)
             old.link.close()
-        link.context = self.servers[hello.server] = ChunkServer(hello, link)
+            server.away, server.away_since = old.away, old.away_since
+            server.absent, server.absent_since = old.absent, old.absent_since
+        link.context = self.servers[hello.server] = server
         log.info("chunkserver connected", server=hello.server.hex(), address=_address(hello))
         return cluster
 
     def _ready(self, server: ChunkServer) -> None:
         server.ready = True
         server.ready_at = time.monotonic()
+        self._lack(server, {c: v for c, v in server.away.items() if c not in server.copies})
+        server.away = {}
         log.info("chunkserver ready", server=server.uuid.hex(), copies=len(server.copies),
                  doubtful=len(server.doubtful))  # fmt: skip
         if self._leading:
@@ -165,6 +181,8 @@ class ChunkHub:
 
     def _forget_copies(self, server: ChunkServer) -> None:
         copies, server.copies = server.copies, {}
+        if copies:
+            server.away, server.away_since = {**server.away, **copies}, self.stories.now_ns()
         server.doubtful.clear()
         server.leaving.clear()
         for chunk in copies:
@@ -175,12 +193,22 @@ class ChunkHub:
 
     # --- copies
 
+    def _lack(self, server: ChunkServer, copies: dict[int, int]) -> None:
+        """The server no longer has any of these: kept for who asks why a chunk is missing."""
+        if copies:
+            absent = {**server.absent, **copies}
+            excess = max(0, len(absent) - ABSENT_MAX)
+            server.absent = dict(itertools.islice(absent.items(), excess, None))
+            server.absent_since = self.stories.now_ns()
+
     def _made(self, server: ChunkServer, copies: Iterable[m.CopyId]) -> None:
         for copy in copies:
             self._mended(server, copy.chunk)
             server.copies[copy.chunk] = copy.version
             (server.doubtful.add if copy.doubtful else server.doubtful.discard)(copy.chunk)
             self.where.setdefault(copy.chunk, {})[server.uuid] = copy.version
+            server.absent.pop(copy.chunk, None)
+            self.stories.came(copy.chunk, server.uuid)
 
     def _gone(self, uuid: bytes, chunk: int) -> None:
         holders = self.where.get(chunk)
@@ -190,13 +218,20 @@ class ChunkHub:
                 del self.where[chunk]
 
     def _changed(self, server: ChunkServer, event: m.Changed) -> None:
+        replaced = {copy.chunk for copy in event.made}
         for copy in (*event.gone, *event.damaged):
             if server.copies.get(copy.chunk) == copy.version:
                 del server.copies[copy.chunk]
                 server.doubtful.discard(copy.chunk)
                 self._gone(server.uuid, copy.chunk)
             self._mended(server, copy.chunk)
+        gone = [copy for copy in event.gone if copy.chunk not in replaced]
+        if len(gone) > NOTED_MAX:
+            self._lack(server, {copy.chunk: copy.version for copy in gone[NOTED_MAX:]})
+        for copy in gone[:NOTED_MAX]:
+            self.stories.note(copy.chunk, "gone", server.uuid, copy.version)
         for story in event.stories:
+            self.stories.note(story.chunk, "damaged", server.uuid, story.version, story.text)
             log.warning(
                 "copy damaged", chunk=f"{story.chunk:016X}", version=story.version,
                 server=server.uuid.hex(), address=_address(server), disk=story.disk,
@@ -346,9 +381,21 @@ class ChunkHub:
             elif isinstance(outcome, ReplyError | LinkError):
                 log.warning("order failed", order=repr(order), server=uuid.hex(),
                             reason=str(outcome))  # fmt: skip
+                self._note_failed(uuid, order, str(outcome))
             else:
                 raise outcome
         return good
+
+    def _note_failed(self, uuid: bytes, order: m.ChunkOrder, reason: str) -> None:
+        if not isinstance(order, m.NewTerm | m.Tune):
+            version = order.version
+            detail = f"{type(order).__name__}: {reason}"
+            self.stories.note(order.chunk, "order failed", uuid, version, detail)
+
+    def address_of(self, uuid: bytes) -> str:
+        """Where a server is or was, as host:port; "" for one that this master never saw."""
+        server = self.servers.get(uuid)
+        return _address(server) if server is not None else ""
 
     def location(self, uuid: bytes, version: int) -> m.Location:
         """Where a copy is, for a client."""

@@ -292,6 +292,9 @@ class Grants:
         self._proven[granted.chunk] = frozenset(raised)
         log.info("version raised", chunk=f"{granted.chunk:016X}", version=version,
                  copies=len(raised), failed=[f.hex() for f in ask.failed])  # fmt: skip
+        failed = "".join(f", without {self._hub.address_of(uuid)}" for uuid in ask.failed)
+        detail = f"{len(raised)} copies{failed}"
+        self._hub.stories.note(granted.chunk, "raised", version=version, detail=detail)
         return self._map(granted, raised, version)
 
     def _targets(self, chunk: int, have: list[bytes], failed: list[bytes]) -> list[bytes]:
@@ -316,6 +319,7 @@ class Grants:
             self.doubt(chunk)  # a lost answer may hide a copy
         for uuid in made:
             log.info("replicated", chunk=f"{chunk:016X}", version=version, to=uuid.hex())
+            self._hub.stories.note(chunk, "replicated", uuid, version)
         return made
 
     def prove_more(self, chunk: int, servers: Iterable[bytes]) -> None:

@@ -13,6 +13,7 @@ one.
 """
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Coroutine, Iterable
@@ -25,6 +26,7 @@ from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.meta.chunkhub import ChunkHub
 from raftfs.meta.grants import Grants
 from raftfs.meta.plan.healing import Verdict, spared, unsettled
+from raftfs.meta.plan.outlook import DISCONNECTED, ENDANGERED, Facts, Outlook, outlook
 from raftfs.meta.plan.placement import choose_servers
 from raftfs.meta.proposer import Proposer
 from raftfs.meta.state import read
@@ -76,12 +78,15 @@ class Healer:
         self._orphans: dict[tuple[int, bytes], float] = {}  # (chunk, server) -> first seen
         self._stuck: dict[tuple[int, bytes], float] = {}  # damaged copies; when to try again
         self._leading_since = 0.0
+        self.leading_since_ns = 0
+        self.swept = False  # this leader has looked at everything once
         self.undergoal: set[int] = set()
         self.missing: set[int] = set()
 
     def lead(self) -> None:
         """Begin, as the leader."""
         self._leading_since = time.monotonic()
+        self.leading_since_ns = self._hub.stories.now_ns()
         if self._loop_task is None:
             self._loop_task = asyncio.ensure_future(self._run())
 
@@ -94,6 +99,7 @@ class Healer:
         await asyncio.gather(*tasks, return_exceptions=True)
         for memory in (self._repairs, self._due, self._first_short, self._orphans, self._stuck):
             memory.clear()
+        self.swept = False
         self.undergoal.clear()
         self.missing.clear()
 
@@ -103,7 +109,8 @@ class Healer:
             return
         due = time.monotonic() + delay_s
         for chunk in chunks:
-            self._due.setdefault(chunk, due)
+            # One that waits for minutes may have become endangered meanwhile.
+            self._due[chunk] = min(due, self._due.get(chunk, due))
 
     # --- the loop
 
@@ -115,6 +122,7 @@ class Healer:
                 self._hub.drop_silent()
                 if time.monotonic() >= next_sweep:
                     await self._sweep()
+                    self.swept = True
                     next_sweep = time.monotonic() + self._config.sweep_every_s
                 await self._examine_due()
                 await self._destroy_doomed()
@@ -127,7 +135,7 @@ class Healer:
         after = 0
         while rows := read.chunks(self._rows, after, SLICE):
             for chunk in rows:
-                self._due.setdefault(chunk.id, 0.0)
+                self._due[chunk.id] = 0.0
             after = rows[-1].id
             await self._examine_due()
             await asyncio.sleep(SWEEP_PAUSE_S)
@@ -206,14 +214,59 @@ class Healer:
 
     def _add_when_due(self, chunk: ChunkRow, verdict: Verdict, now: float) -> None:
         since = self._first_short.setdefault(chunk.id, now)
-        alone = len(verdict.chosen) == 1
-        delay = self._config.endangered_delay_s if alone else self._config.disconnect_delay_s
-        if self._hub.all_connected():
-            delay = 0.0  # nobody is awaited who could bring the copies back: a goal was raised
+        _, delay = self._delay(verdict)
         if now - since < delay:
             self._due[chunk.id] = since + delay
         else:
             self._begin(chunk.id, self._add_copies(chunk))
+
+    def _delay(self, verdict: Verdict) -> tuple[str, float]:
+        """Why copies are not made at once, and for how long not."""
+        if self._hub.all_connected():
+            return "", 0.0  # nobody is awaited who could bring the copies back: a goal was raised
+        if len(verdict.chosen) == 1:
+            return ENDANGERED, self._config.endangered_delay_s
+        return DISCONNECTED, self._config.disconnect_delay_s
+
+    # --- what is asked
+
+    def outlook(self, chunk: ChunkRow) -> Outlook:
+        """What `_examine` will do with a chunk that files own. Changes nothing."""
+        verdict, now = self._grants.verdict(chunk), time.monotonic()
+        delay, delay_s = self._delay(verdict)
+        facts = Facts(
+            starts_in_s=self._leading_since + self._config.start_delay_s - now,
+            repairing=chunk.id in self._repairs,
+            session=chunk.lock_session if chunk.lock else 0,
+            born=chunk.born,
+            awaits=self._grants.awaits_copies(chunk),
+            damaged=bool(self._movable(chunk.id, now)),
+            unfinished=bool(chunk.lock),
+            can_add=self._can_add(verdict),
+            short_for_s=now - self._first_short.get(chunk.id, now),
+            delay=delay,
+            delay_s=delay_s,
+        )
+        return outlook(verdict, facts)
+
+    def kept_s(self, chunk: int, server: bytes) -> float:
+        """So long a copy that the state does not know is kept yet; -1: it has not been looked at.
+        """
+        since = self._orphans.get((chunk, server))
+        if since is None:
+            return -1.0
+        return max(0.0, since + self._config.orphan_delay_s - time.monotonic())
+
+    def missing_chunks(self, most: int) -> tuple[list[int], int]:
+        """Up to `most` chunks without a good copy, sorted; and how many there are."""
+        return sorted(itertools.islice(self.missing, most)), len(self.missing)
+
+    def kept_copies(self, most: int) -> tuple[list[tuple[int, bytes]], int]:
+        """(chunk, server) of up to `most` copies that wait for their end; and how many there are.
+        """
+        return sorted(itertools.islice(self._orphans, most)), len(self._orphans)
+
+    # --- repairs at work
 
     def _begin(self, chunk: int, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(self._guard(chunk, work))
@@ -226,6 +279,7 @@ class Healer:
             await work
         except (ReplyError, LinkError) as e:
             log.warning("repair put off", chunk=f"{chunk:016X}", reason=str(e))
+            self._hub.stories.note(chunk, "repair failed", detail=str(e))
             self.examine([chunk], delay_s=5.0)
 
     # --- repairs, each under the chunk's lock, each judging anew
@@ -351,6 +405,7 @@ class Healer:
         await self._hub.order(server, m.Destroy(self._hub.term, chunk, version))
         log.info("copy destroyed", chunk=f"{chunk:016X}", version=version, server=server.hex(),
                  reason=reason)  # fmt: skip
+        self._hub.stories.note(chunk, "destroyed", server, version, reason)
 
     async def _destroy_orphans(self, chunk_id: int, now: float) -> None:
         for server, version in self._hub.holders(chunk_id, fenced=True).items():
@@ -382,6 +437,7 @@ class Healer:
             await asyncio.gather(*(self._proposer.propose(0, 0, ForgetChunk(c)) for c in gone))
             for chunk in gone:
                 self._grants.forget(chunk)
+                self._hub.stories.forget(chunk)
                 self._set_counts(chunk, None)
 
     async def _destroy_all(self, server: bytes, chunks: list[int]) -> None:

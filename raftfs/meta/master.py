@@ -16,6 +16,7 @@ from raftfs.conf import exports
 from raftfs.const import PORT_RAFT
 from raftfs.errors import RaftfsError, UserError
 from raftfs.meta.chunkhub import ChunkHub
+from raftfs.meta.explainer import Explainer
 from raftfs.meta.grants import Grants
 from raftfs.meta.healer import Healer, HealingConfig
 from raftfs.meta.proposer import Proposer
@@ -25,6 +26,7 @@ from raftfs.meta.raft.surroundings import Surroundings
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import read
 from raftfs.meta.store import MetaStore
+from raftfs.meta.stories import Stories
 from raftfs.wire import messages as m
 from raftfs.wire import rpc
 from raftfs.wire.auth import ClusterKey
@@ -113,6 +115,7 @@ class Master:
             term=lambda: self.replica.term,
             on_change=lambda chunks: self.healer.examine(chunks),
             masters=lambda: [_chunkserver_address(name) for name in self.replica.members],
+            stories=Stories(self._is_owned, around.wall_ns),
         )
         self.grants = Grants(
             self.store, self.hub, self.proposer, lambda: self.replica.term,
@@ -123,10 +126,16 @@ class Master:
             self.store, self.replica, self.proposer, self.grants, self.healer,
             list(config.export_lines), self.status, self.hub.space, key, self.hub.tune,
         )  # fmt: skip
+        explainer = Explainer(self.store, self.hub, self.grants, self.healer)
+        self.service.answers(explainer.questions())
         self._servers: list[rpc.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._led_term = 0
         self._audits = 0
+
+    def _is_owned(self, chunk: int) -> bool:
+        row = read.chunk(self.store, chunk)
+        return row is not None and row.refs > 0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set or the replica fails. UserError if it cannot begin."""

@@ -5,6 +5,7 @@ by the leader only, reads after a read barrier, mutations when they are committe
 """
 
 import errno
+import functools
 import hmac
 import secrets
 from collections.abc import Awaitable, Callable
@@ -72,6 +73,7 @@ class ClientService:
         self._key = key
         self._challenges: dict[Link, bytes] = {}
         self._links: set[Link] = set()
+        self._for_tools: set[type] = set(_TOOL_REQUESTS)
         self.presence = Presence()
         self._anyone: dict[type, Callable[[Link, Any], Any]] = {
             m.WhoLeads: lambda link, ask: self.leader(),
@@ -97,6 +99,12 @@ class ClientService:
             m.EndMySession: self._end_session,
             m.Admin: self._admin,
         }
+
+    def answers(self, questions: dict[type, Callable[[Any], Any]]) -> None:
+        """Have these requests, which tools may make, answered as all reads are."""
+        for kind, answer in questions.items():
+            self._reads[kind] = functools.partial(_ask_only, answer)
+            self._for_tools.add(kind)
 
     # --- links
 
@@ -138,7 +146,7 @@ class ClientService:
             return self._led(self._register(link, cast(m.Register, ask)))
         if not isinstance(link.context, ClientContext):
             raise ReplyError(Status.NO_SESSION)
-        if not link.context.session and kind not in _TOOL_REQUESTS:
+        if not link.context.session and kind not in self._for_tools:
             raise ReplyError(errno.EPERM)
         if kind in self._reads:
             return self._read(link, ask)
@@ -325,6 +333,10 @@ class ClientService:
         if link.context.registered.readonly:
             raise ReplyError(errno.EROFS)
         return await self._grants.grant(link.context.session, ask)
+
+
+def _ask_only(answer: Callable[[Any], Any], link: Link, ask: Any) -> Any:
+    return answer(ask)
 
 
 def _map_identity(op: ops.Op, who: m.Registered) -> ops.Op:

@@ -1,10 +1,13 @@
 """Every message between processes, except the namespace operations (`ops.py`) and Raft's own.
 
+Questions about chunks and names, for people, are in `inquiries.py`.
+
 Control links (clients and chunkservers to masters) carry `ClientRequest`, `ChunkEvent` or
 `ChunkOrder` in `frame.py` frames; data links (anyone to a chunkserver) carry a `DataRequest` or
 `DataReply` head plus raw payload. Same rules as `ops.py`: append-only fields, tags never reused.
 """
 
+from raftfs.wire.inquiries import Inquiry
 from raftfs.wire.ops import Attr, Op, Record, Tagged
 
 PROTOCOL = 1  # raised when an old peer could misunderstand a new one
@@ -306,7 +309,7 @@ class Keepalive(Tagged, tag=17):
 ClientRequest = (
     WhoLeads | Challenge | Register | Mutate | Lookup | GetAttr | ReadLink | ReadDir
     | ReadChunk | WriteChunk | StatFs | GetGoal | SetGoalTree | FileChunks | AskStatus
-    | EndMySession | Keepalive | ListMembers | Admin
+    | EndMySession | Keepalive | ListMembers | Admin | Inquiry
 )  # fmt: skip
 
 

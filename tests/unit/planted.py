@@ -10,13 +10,15 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
 
 from raftfs.cli.master import main as master_main
+from raftfs.meta.healer import Healer
 from raftfs.meta.raft import segments
 from raftfs.meta.raft.checkpoints import Checkpoints
 from raftfs.meta.raft.configurations import Configurations
@@ -59,6 +61,11 @@ def _damage_is_cut_off(self: DurableJournal, segment: int, path: Any, data: byte
 
 def _hurry(self: SafeSyncObj, node: Any, m: Any) -> None:
     self.heartbeat_due = 0.0
+
+
+def _not_sooner(self: Healer, chunks: Iterable[int], delay_s: float = 1.0) -> None:
+    for chunk in chunks:
+        self._due.setdefault(chunk, time.monotonic() + delay_s)
 
 
 def _of_everybody(self: Configurations, have: dict[str, int]) -> int:
@@ -335,6 +342,11 @@ PLANTED: dict[str, Planted] = {
         _as_founded,
         "tests/unit/meta/test_service.py"
         "::test_a_client_that_comes_before_the_cluster_is_founded_is_sent_away_for_a_moment",
+    ),
+    "a chunk that waits for minutes is not looked at sooner": Planted(
+        _replace(Healer, "examine", _not_sooner),
+        "tests/unit/meta/test_healer.py"
+        "::test_a_chunk_that_waits_for_minutes_is_repaired_at_once_when_one_copy_is_left",
     ),
 }  # fmt: skip
 

@@ -1,13 +1,14 @@
 """Questions to the state. Nothing here changes a row; what is not there is a ReplyError."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from raftfs.const import CHUNK_SIZE, NAME_MAX
 from raftfs.errors import ReplyError
 from raftfs.meta.state import change, model
 from raftfs.meta.state.model import ChunkRow, Counters, Edge, MapEntry, Node, Rows, SessionRow
+from raftfs.wire.inquiries import FindNames, NamesPage, NodePlace
 from raftfs.wire.messages import DirPage
 from raftfs.wire.ops import Attr, NodeType
 
@@ -181,3 +182,28 @@ def totals(rows: Rows) -> Totals:
     row = rows.get(model.COUNTERS_KEY)
     c = row if isinstance(row, Counters) else model.NO_COUNTERS
     return Totals(c.cluster, c.nodes, c.chunks, c.sessions, c.next_chunk, c.version)
+
+
+def places(rows: Rows, inodes: Iterable[int]) -> list[NodePlace]:
+    """Of those of the nodes that exist: what they are and below which directory."""
+    found = []
+    for inode in inodes:
+        row = rows.get(model.node_key(inode))
+        if isinstance(row, Node):
+            found.append(NodePlace(inode, row.type, row.nlink, row.parent))
+    return found
+
+
+def find_names(rows: Rows, ask: FindNames, limit: int) -> NamesPage:
+    """Of the next `limit` entries, of one directory or of all, those that lead to the nodes."""
+    wanted, looked, last = set(ask.inodes), 0, b""
+    prefix = model.edge_prefix(ask.parent) if ask.parent else b"E"
+    found: list[tuple[int, int, bytes]] = []
+    for key, edge in rows.scan(prefix, ask.after):
+        if looked >= limit:
+            return NamesPage(found, last)
+        looked, last = looked + 1, key[len(prefix) :]
+        assert isinstance(edge, Edge)
+        if edge.inode in wanted:
+            found.append((edge.inode, model.number_at(key), key[model.GROUP_LEN :]))
+    return NamesPage(found, b"")

@@ -88,6 +88,28 @@ def test_a_dead_servers_copies_are_made_anew_elsewhere() -> None:
     asyncio.run(story())
 
 
+def test_a_chunk_that_waits_for_minutes_is_repaired_at_once_when_one_copy_is_left() -> None:
+    """The second server dies while the first one is still given time to come back."""
+
+    async def story(healer: Healer) -> None:
+        first, second, _ = holders(world, chunk)
+        world.crash(world.servers[first])
+        healer.examine([chunk], delay_s=0.0)
+        await until(lambda: chunk in healer._first_short and chunk in healer._due)
+        world.crash(world.servers[second])
+        healer.examine([chunk], delay_s=0.0)
+        await until(lambda: len(holders(world, chunk)) == 3)
+
+    async def prepared() -> None:
+        nonlocal world, chunk
+        world = Recorded(servers=5, goal=3)
+        chunk = await written(world)
+        await healed(world, story, QUICK._replace(disconnect_delay_s=300.0, sweep_every_s=300.0))
+
+    world, chunk = Recorded(), 0
+    asyncio.run(prepared())
+
+
 def test_a_surplus_copy_goes_only_after_its_entry_and_only_one() -> None:
     async def story() -> None:
         world = Recorded(servers=4, goal=3)

@@ -12,6 +12,7 @@ from raftfs.meta.service import ClientService
 from raftfs.meta.state import read
 from raftfs.meta.state.apply import apply_batch
 from raftfs.meta.state.dictrows import DictRows
+from raftfs.wire import inquiries as q
 from raftfs.wire import messages as m
 from raftfs.wire import ops
 from raftfs.wire.auth import ClusterKey
@@ -87,5 +88,32 @@ def test_a_client_that_comes_before_the_cluster_is_founded_is_sent_away_for_a_mo
         registered = await clients.handle(link, ask)
         assert registered.session == 1 and registered.cluster == b"c" * 16
         assert clients.leader().name == "127.0.0.1:9418"
+
+    asyncio.run(story())
+
+
+def test_questions_of_tools_are_answered_after_a_barrier_and_by_the_leader_only() -> None:
+    async def story() -> None:
+        rows = DictRows()
+        await Proposals(rows).commit(ops.Found(b"c" * 16, {"127.0.0.1:9418": b"u" * 16}))
+        clients = service(rows)
+        happened: list[str] = []
+        replica: Any = clients._replica
+
+        async def barrier() -> None:
+            happened.append("barrier")
+
+        replica.read_barrier = barrier
+        clients.answers({q.ExplainChunk: lambda ask: happened.append(f"chunk {ask.chunk}")})
+        link: Any = FakeLink()
+        with pytest.raises(ReplyError):
+            clients.handle(link, q.ExplainChunk(7))  # it has not said who it is
+        await clients.handle(link, m.Register(m.PROTOCOL, "0", 0, b"", b"/", "tool", b"", True))
+        await clients.handle(link, q.ExplainChunk(7))
+        assert happened == ["barrier", "chunk 7"]
+        replica.is_leader = False
+        with pytest.raises(ReplyError) as refused:
+            clients.handle(link, q.ExplainChunk(7))
+        assert refused.value.status == Status.NOT_LEADER
 
     asyncio.run(story())
