@@ -14,6 +14,7 @@ from raftfs.chunk.disk import Disk
 from raftfs.chunk.masterlink import MasterLinks
 from raftfs.chunk.server import DataServer
 from raftfs.chunk.store import ChunkStore
+from raftfs.chunk.tickets import TicketGate
 from raftfs.const import PORT_CHUNK_DATA, PORT_CHUNKSERVERS
 from raftfs.errors import UserError
 from raftfs.wire.auth import ClusterKey
@@ -75,10 +76,12 @@ async def serve(args: argparse.Namespace, stop: daemon.Stop) -> None:
     announce = args.announce or _own_address(masters)
     store = ChunkStore(open_disks(args.hdd))
     try:
-        server = DataServer(store, args.listen, args.port)
+        tickets = TicketGate(key, lambda: store.cluster)
+        server = DataServer(store, args.listen, args.port, tickets)
         try:
-            await _serve(store, server, MasterLinks(store, masters, (announce, server.port), key),
-                         stop)  # fmt: skip
+            address = (announce, server.port)
+            links = MasterLinks(store, masters, address, key, tickets)
+            await _serve(store, server, links, stop)
         finally:
             await asyncio.to_thread(server.close)
     finally:

@@ -22,6 +22,7 @@ from raftfs import __version__
 from raftfs.chunk.fetch import discard, fetch
 from raftfs.chunk.store import ChunkStore
 from raftfs.chunk.terms import TermGate
+from raftfs.chunk.tickets import TicketGate
 from raftfs.client.chunk import ChunkPool
 from raftfs.const import HEARTBEAT_S
 from raftfs.errors import LinkError, RaftfsError, ReplyError, Status, UserError
@@ -52,11 +53,13 @@ class MasterLinks:
         masters: list[tuple[str, int]],
         announce: tuple[str, int],
         key: ClusterKey,
+        tickets: TicketGate,
     ) -> None:
         self._store = store
         self._masters = list(masters)
         self._announce = announce
         self._key = key
+        self._tickets = tickets
         self._loop = asyncio.get_running_loop()
         self._orders = ThreadPoolExecutor(ORDER_THREADS, thread_name_prefix="order")
         self._fetches = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
@@ -161,7 +164,7 @@ class MasterLinks:
         """Hello, every copy, ready; what changes meanwhile follows at the end."""
         store = self._store
         hello = m.ServerHello(
-            m.PROTOCOL, __version__, store.server, store.cluster, *self._announce
+            m.PROTOCOL, __version__, store.server, store.cluster, *self._announce, clocks=True
         )
         cluster = decode(bytes, await link.call(hello, _CALL_TIMEOUT_S))
         await asyncio.to_thread(store.join, cluster)
@@ -213,6 +216,9 @@ class MasterLinks:
     # --- orders
 
     async def _order(self, link: Link, order: m.ChunkOrder) -> None:
+        if isinstance(order, m.MasterClock):
+            self._tickets.heard(order)
+            return
         self._gate.check(order.term)
         if isinstance(order, m.NewTerm):
             await self._new_term(order.term)

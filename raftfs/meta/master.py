@@ -13,7 +13,7 @@ import structlog
 
 from raftfs import daemon
 from raftfs.conf import exports
-from raftfs.const import PORT_RAFT
+from raftfs.const import PORT_RAFT, TICKET_LIFETIME_S
 from raftfs.errors import RaftfsError, UserError
 from raftfs.meta.chunkhub import ChunkHub
 from raftfs.meta.grants import Grants
@@ -25,6 +25,7 @@ from raftfs.meta.raft.surroundings import Surroundings
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import read
 from raftfs.meta.store import MetaStore
+from raftfs.meta.tickets import Tickets
 from raftfs.wire import messages as m
 from raftfs.wire import rpc
 from raftfs.wire.auth import ClusterKey
@@ -52,6 +53,7 @@ class MasterConfig(NamedTuple):
     healing: HealingConfig = HealingConfig()
     checkpoints: CheckpointLimits = CheckpointLimits()
     bootstrapped: bool = False  # just now, in this process
+    ticket_lifetime_s: float = TICKET_LIFETIME_S
 
     @property
     def port(self) -> int:
@@ -108,11 +110,15 @@ class Master:
             around,
         )  # fmt: skip
         self.proposer = Proposer(self.replica, around.wall_ns)
+        self.tickets = Tickets(
+            key, lambda: read.totals(self.store).cluster, config.ticket_lifetime_s
+        )
         self.hub = ChunkHub(
             cluster=lambda: read.totals(self.store).cluster,
             term=lambda: self.replica.term,
             on_change=lambda chunks: self.healer.examine(chunks),
             masters=lambda: [_chunkserver_address(name) for name in self.replica.members],
+            tickets=self.tickets,
         )
         self.grants = Grants(
             self.store, self.hub, self.proposer, lambda: self.replica.term,
@@ -122,6 +128,7 @@ class Master:
         self.service = ClientService(
             self.store, self.replica, self.proposer, self.grants, self.healer,
             list(config.export_lines), self.status, self.hub.space, key,
+            self.tickets,
         )  # fmt: skip
         self._servers: list[rpc.Server] = []
         self._tasks: list[asyncio.Task[None]] = []

@@ -22,6 +22,7 @@ from raftfs.mount.chunkwriter import ChunkWriter
 from raftfs.mount.commits import Commits
 from raftfs.mount.writecontext import WriteContext, WriteError, sync_copies
 from raftfs.wire import ops
+from raftfs.wire.messages import ChunkMap
 
 log = structlog.get_logger("raftfs.writer")
 
@@ -166,7 +167,7 @@ class FileWriter:
         chunks = list(self.chunks.values())
         for chunk in chunks:
             chunk.check(now)
-            if chunk.grant is not None and now - chunk.granted_at > HOLD_S:
+            if chunk.grant is not None and now - chunk.granted_at > _hold_s(chunk.grant):
                 chunk.yielding = True
             if chunk.yielding and not chunk.blocks.sent and not chunk.paused:
                 self.context.spawn(self.commits.commit(unlock=True, only=chunk))
@@ -273,3 +274,8 @@ class FileWriter:
                 raise WriteError(EIO)
             await asyncio.sleep(SYNC_PAUSE_S)
         self.unsynced.discard(index)
+
+
+def _hold_s(grant: ChunkMap) -> float:
+    """How long to keep a grant: not until its ticket is old."""
+    return min(HOLD_S, grant.ticket_s / 2 or HOLD_S)
