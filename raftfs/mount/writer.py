@@ -168,7 +168,7 @@ class FileWriter:
         for chunk in chunks:
             chunk.check(now)
             if chunk.grant is not None and now - chunk.granted_at > _hold_s(chunk.grant):
-                chunk.yielding = True
+                self._yield(chunk)
             if chunk.yielding and not chunk.blocks.sent and not chunk.paused:
                 self.context.spawn(self.commits.commit(unlock=True, only=chunk))
         idle_s = now - self._written_at
@@ -179,6 +179,14 @@ class FileWriter:
         if idle_s > UNLOCK_IDLE_S and resting and not self.quiet:
             self.context.spawn(self.commits.commit(unlock=True))
         return not self.quiet
+
+    def _yield(self, chunk: ChunkWriter) -> None:
+        """Let others have the chunk as soon as what was sent is acknowledged. Something is sent
+        before: the commit that ends a grant tells the masters that there are copies.
+        """
+        if not chunk.paused and not chunk.yielding:
+            chunk.seal()
+            chunk.yielding = True
 
     # --- for the chunk writers
 
