@@ -47,6 +47,11 @@ SESSION_WINDOW = 1024
 SESSION_SUSTAIN_S = 86_400.0  # open files of a vanished client are kept this long
 WRITE_LOCK_GRACE_S = 60.0  # chunk locks of a vanished client fall after this
 
+# --- tickets --------------------------------------------------------------------------------------
+# What a client that lost its rights may read on; renewed at half of it, so that a cluster without
+# a leader is not noticed by readers for as long.
+TICKET_LIFETIME_S = 300.0
+
 # --- chunkservers
 # ------------------------------------------------------------------------------------
 DISK_LEAVE_FREE = 256 * MIB

@@ -29,6 +29,8 @@ class Status:
     CHAIN_BROKEN = 1023  # a server further down the chain failed; the reply names it
     OLD_TERM = 1024  # the order came from a deposed leader
     DISK_ERROR = 1025
+    NO_TICKET = 1040  # none, or one that does not admit the request: ask for map or grant again
+    TICKET_EXPIRED = 1041  # as NO_TICKET, and nothing is wrong with it but its age
 
 
 class RaftfsError(Exception):

@@ -33,7 +33,7 @@ META_ORDER = [
 ]
 SERVICES = {
     "proposer", "sessions", "chunkhub", "grants", "healer", "goals", "membership", "service",
-    "bootstrap", "stories", "explainer",
+    "bootstrap", "stories", "explainer", "tickets",
 }  # fmt: skip
 # Third parties and the only places that may know them.
 ROOMS = {

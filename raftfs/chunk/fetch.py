@@ -44,7 +44,8 @@ def fetch(store: ChunkStore, pool: ChunkPool, order: Replicate) -> Fetched | Non
         if known == order.version and not store.is_doubtful(order.chunk):
             return None
         raise ReplyError(Status.WRONG_VERSION)
-    reader = ChunkReader(pool, (order.host, order.port), timeout_s=_READ_TIMEOUT_S)
+    reader = ChunkReader(pool, (order.host, order.port), timeout_s=_READ_TIMEOUT_S,
+                         ticket=order.ticket)  # fmt: skip
     table, written = reader.block_list(order.chunk, order.version)
     disk = store.place_for(order.chunk, order.version)
     path = disk.path / (layout.file_name(order.chunk, order.version) + layout.PART_SUFFIX)

@@ -18,6 +18,7 @@ from raftfs.chunk.moving import Mover
 from raftfs.chunk.scrub import DEFAULT_MIB_S, MIB_S_MAX, Scrubber
 from raftfs.chunk.server import DataServer
 from raftfs.chunk.store import ChunkStore
+from raftfs.chunk.tickets import TicketGate
 from raftfs.conf import hdd
 from raftfs.const import PORT_CHUNK_DATA, PORT_CHUNKSERVERS
 from raftfs.errors import RaftfsError, UserError
@@ -91,10 +92,11 @@ async def serve(args: argparse.Namespace, stop: daemon.Stop) -> None:
     if args.hdd_config:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload, args, store)
     try:
-        server = DataServer(store, args.listen, args.port)
+        tickets = TicketGate(key, lambda: store.cluster)
+        server = DataServer(store, args.listen, args.port, tickets)
         scrubber, mover = Scrubber(store, args.scrub_mib_s), Mover(store)
         try:
-            links = MasterLinks(store, masters, (announce, server.port), key,
+            links = MasterLinks(store, masters, (announce, server.port), key, tickets,
                                 scrubber.disk_statuses, tuner(store, scrubber))  # fmt: skip
             scrubber.start()
             mover.start()

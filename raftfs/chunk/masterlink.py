@@ -23,6 +23,7 @@ from raftfs import __version__
 from raftfs.chunk.fetch import discard, fetch
 from raftfs.chunk.store import REPORT_SLICE, ChunkStore
 from raftfs.chunk.terms import TermGate
+from raftfs.chunk.tickets import TicketGate
 from raftfs.client.chunk import ChunkPool
 from raftfs.const import HEARTBEAT_S
 from raftfs.errors import LinkError, RaftfsError, ReplyError, Status, UserError
@@ -52,6 +53,7 @@ class MasterLinks:
         masters: list[tuple[str, int]],
         announce: tuple[str, int],
         key: ClusterKey,
+        tickets: TicketGate,
         disks: Callable[[], list[m.DiskStatus]] = list,
         tune: Callable[[str, str], None] = lambda action, value: None,
     ) -> None:
@@ -62,6 +64,7 @@ class MasterLinks:
         self._masters = list(masters)
         self._announce = announce
         self._key = key
+        self._tickets = tickets
         self._loop = asyncio.get_running_loop()
         self._orders = ThreadPoolExecutor(ORDER_THREADS, thread_name_prefix="order")
         self._fetches = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
@@ -176,7 +179,7 @@ class MasterLinks:
         """Hello, every copy, ready; what changes meanwhile follows at the end."""
         store = self._store
         hello = m.ServerHello(
-            m.PROTOCOL, __version__, store.server, store.cluster, *self._announce
+            m.PROTOCOL, __version__, store.server, store.cluster, *self._announce, clocks=True
         )
         cluster = decode(bytes, await link.call(hello, _CALL_TIMEOUT_S))
         await asyncio.to_thread(store.join, cluster)
@@ -238,6 +241,9 @@ class MasterLinks:
     # --- orders
 
     async def _order(self, link: Link, order: m.ChunkOrder) -> None:
+        if isinstance(order, m.MasterClock):
+            self._tickets.heard(order)
+            return
         self._gate.check(order.term)
         if isinstance(order, m.NewTerm):
             await self._new_term(order.term)

@@ -19,6 +19,7 @@ import structlog
 
 from raftfs.chunk.chain import ChainClock, ChainRequest, Downstream, forwardable
 from raftfs.chunk.store import READ_BUFFER, ChunkStore
+from raftfs.chunk.tickets import TicketGate
 from raftfs.client.chunk import set_timeouts
 from raftfs.const import DATA_PAYLOAD_MAX, GOAL_MAX
 from raftfs.errors import ReplyError, UserError
@@ -47,10 +48,17 @@ class DataServer:
     """Listens and serves until closed."""
 
     def __init__(
-        self, store: ChunkStore, host: str, port: int, *, connections_max: int = CONNECTIONS_MAX
+        self,
+        store: ChunkStore,
+        host: str,
+        port: int,
+        tickets: TicketGate,
+        *,
+        connections_max: int = CONNECTIONS_MAX,
     ) -> None:
         """UserError if the port cannot be had."""
         self._store = store
+        self._tickets = tickets
         self._connections_max = connections_max
         try:
             self._listener = socket.create_server((host, port), backlog=256)
@@ -84,7 +92,7 @@ class DataServer:
                 self._refuse(peer[0])
                 sock.close()
                 continue
-            connection = Connection(self._store, sock, self.clock)
+            connection = Connection(self._store, sock, self.clock, self._tickets, peer[0])
             thread = threading.Thread(
                 target=self._serve, args=(connection,), name=f"data-{peer[1]}", daemon=True
             )
@@ -127,8 +135,12 @@ class DataServer:
 class Connection:
     """One client (or upstream server)."""
 
-    def __init__(self, store: ChunkStore, sock: socket.socket, clock: ChainClock) -> None:
+    def __init__(
+        self, store: ChunkStore, sock: socket.socket, clock: ChainClock, tickets: TicketGate,
+        peer: str,
+    ) -> None:  # fmt: skip
         self._store = store
+        self._tickets, self._peer = tickets, peer
         self._sock = sock
         self._clock = clock
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -175,6 +187,11 @@ class Connection:
                     self._sock.shutdown(socket.SHUT_RDWR)
 
     def _serve(self, head: Any, payload: memoryview) -> None:
+        try:
+            self._tickets.check(head, self._peer)
+        except ReplyError as e:
+            self.reply(DataReply(head.id, e.status, self._store.server))
+            return
         if isinstance(head, ReadData | ListBlocks):
             self._read(head)
             return

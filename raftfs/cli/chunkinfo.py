@@ -16,12 +16,13 @@ def chunks(client: ToolClient, inode: int) -> Iterator[m.FileChunk]:
         first = part[-1].index + 1
 
 
-def block_crcs(pool: ChunkPool, chunk: int, copy: m.Location) -> bytes:
+def block_crcs(pool: ChunkPool, chunk: m.FileChunk, copy: m.Location) -> bytes:
     """The CRCs (big-endian, 4 bytes each) of a copy's blocks up to the last written one.
 
     LinkError or ReplyError if the chunkserver does not give them.
     """
-    table, written = ChunkReader(pool, (copy.host, copy.port)).block_list(chunk, copy.version)
+    reader = ChunkReader(pool, (copy.host, copy.port), ticket=chunk.ticket)
+    table, written = reader.block_list(chunk.chunk, copy.version)
     return bytes(table[: 4 * written.bit_length()])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from raftfs import daemon
 from raftfs.cli.monitor import web
 from raftfs.conf import exports
-from raftfs.const import KEPT_LOG_BYTES, MIB
+from raftfs.const import KEPT_LOG_BYTES, MIB, TICKET_LIFETIME_S
 from raftfs.errors import UserError
 from raftfs.meta.bootstrap import bootstrap
 from raftfs.meta.healer import HealingConfig
@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
                    "several copies left are replicated (default: %(default)s)")
     p.add_argument("--orphan-delay", type=float, default=healing.orphan_delay_s, metavar="S",
                    help="seconds that copies which no file owns are kept (default: %(default)s)")
+    p.add_argument("--ticket-lifetime", type=float, default=TICKET_LIFETIME_S, metavar="S",
+                   help="seconds that a client may use a chunk before it asks again (default: "
+                   "%(default)s)")
     p.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return p  # fmt: skip
 
@@ -72,12 +75,15 @@ def configure(args: argparse.Namespace) -> MasterConfig:
     lines = exports.parse_file(args.exports) if args.exports else exports.default_lines()
     if args.keep_log_mib < 1:
         raise UserError(f"--keep-log-mib {args.keep_log_mib}: must be at least 1")
+    if not 1.0 <= args.ticket_lifetime <= 86_400.0:
+        raise UserError(f"--ticket-lifetime {args.ticket_lifetime:g}: must be from 1 to 86400")
     healing = HealingConfig(
         disconnect_delay_s=args.disconnect_delay, orphan_delay_s=args.orphan_delay
     )
     return MasterConfig(
         name, peers, args.data, args.listen, args.replace or args.join, tuple(lines),
         healing, checkpoint_limits(args.keep_log_mib * MIB), args.bootstrap is not None,
+        args.ticket_lifetime,
     )
 
 

@@ -74,7 +74,7 @@ def _show(
         print(f"\tchunk {chunk.index}: {chunk.chunk:016X}_{chunk.version:08X} / "
               f"(id:{chunk.chunk} ver:{chunk.version})")  # fmt: skip
         asked = chunk.copies if checksums or sign else []
-        crcs = [_crcs(pool, chunk.chunk, copy) for copy in asked]
+        crcs = [_crcs(pool, chunk, copy) for copy in asked]
         for number, copy in enumerate(chunk.copies, 1):
             detail = _detail(crcs[number - 1]) if checksums else ""
             print(f"\t\tcopy {number}: {copy.host}:{copy.port} (status:VALID{detail})")
@@ -85,7 +85,7 @@ def _show(
         print(f"{name} signature: {digest(signature)}")
 
 
-def _crcs(pool: ChunkPool, chunk: int, copy: m.Location) -> bytes | None:
+def _crcs(pool: ChunkPool, chunk: m.FileChunk, copy: m.Location) -> bytes | None:
     try:
         return block_crcs(pool, chunk, copy)
     except (LinkError, ReplyError):

@@ -1,11 +1,12 @@
 """The client's side of the data port for single requests: blocking sockets, for threads that wait.
 
     pool = ChunkPool()
-    reader = ChunkReader(pool, (host, port))
+    reader = ChunkReader(pool, (host, port), ticket=ticket)
     data = reader.read(chunk, version, offset, length)          # verified; ReplyError, LinkError
 
 A `ChunkPool` keeps connections for whoever is next: chunks and files come and go without a
-connect. A `ChunkReader` is an address and needs no closing. Both may be shared by threads.
+connect. A `ChunkReader` is an address and a ticket, and needs no closing. Both may be shared by
+threads.
 """
 
 import socket
@@ -171,9 +172,15 @@ class ChunkReader:
     """Reads copies on one chunkserver."""
 
     def __init__(
-        self, pool: ChunkPool, address: Address, *, timeout_s: float = TIMEOUT_S
+        self,
+        pool: ChunkPool,
+        address: Address,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        ticket: bytes = b"",
     ) -> None:
         self._pool, self._address, self._timeout_s = pool, address, timeout_s
+        self._ticket = ticket
 
     def read(
         self, chunk: int, version: int, offset: int, length: int, into: memoryview | None = None
@@ -189,16 +196,16 @@ class ChunkReader:
         self, chunk: int, version: int, offset: int, length: int, into: memoryview | None = None
     ) -> tuple[memoryview, tuple[int, ...]]:
         """As `read`, with the CRCs of the pieces."""
-        reply, data = self._pool.ask(
-            self._address, m.ReadData(0, chunk, version, offset, length), self._timeout_s, into
-        )
+        ask = m.ReadData(0, chunk, version, offset, length, self._ticket)
+        reply, data = self._pool.ask(self._address, ask, self._timeout_s, into)
         if len(data) != length or tuple(frame.piece_crcs(offset, data)) != reply.crcs:
             raise ReplyError(Status.BAD_CRC)
         return data, reply.crcs
 
     def block_list(self, chunk: int, version: int) -> tuple[memoryview, int]:
         """The CRC table (1,024 big-endian CRC32) and the bitmap of written blocks as an integer."""
-        _, data = self._pool.ask(self._address, m.ListBlocks(0, chunk, version), self._timeout_s)
+        ask = m.ListBlocks(0, chunk, version, self._ticket)
+        _, data = self._pool.ask(self._address, ask, self._timeout_s)
         if len(data) != 4096 + 128:
             raise ReplyError(Status.BAD_CRC)
         return data[:4096], int.from_bytes(data[4096:], "little")

@@ -18,6 +18,7 @@ from raftfs.const import CHUNK_SIZE, DISK_LEAVE_FREE, HEARTBEAT_S
 from raftfs.errors import LinkError, RaftfsError, ReplyError
 from raftfs.meta.plan.placement import Candidate
 from raftfs.meta.stories import Stories
+from raftfs.meta.tickets import Tickets
 from raftfs.wire import messages as m
 from raftfs.wire.rpc import Link, decode
 
@@ -44,6 +45,7 @@ class ChunkServer:
         self.uuid = hello.server
         self.host, self.port = hello.host, hello.port
         self.link = link
+        self.clocks = hello.clocks
         self.ready = False
         self.fenced_term = 0
         self.total = self.used = 0
@@ -94,6 +96,8 @@ class ChunkHub:
         on_change: Callable[[Iterable[int]], None],
         masters: Callable[[], list[str]] = list,
         stories: Stories | None = None,
+        *,
+        tickets: Tickets,
     ) -> None:
         """`masters()`: where all masters listen for chunkservers, as host:port."""
         self.stories = stories or Stories()
@@ -101,6 +105,7 @@ class ChunkHub:
         self._term = term
         self._on_change = on_change
         self._masters = masters
+        self.tickets = tickets
         self._leading = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.servers: dict[bytes, ChunkServer] = {}
@@ -134,6 +139,7 @@ class ChunkHub:
         elif isinstance(event, m.Space):
             server.total, server.used, server.room = event.total, event.used, event.room
             server.disks = event.disks
+            self._tell_time(server)
             return self._masters()
         return None
 
@@ -157,8 +163,13 @@ class ChunkHub:
             server.away, server.away_since = old.away, old.away_since
             server.absent, server.absent_since = old.absent, old.absent_since
         link.context = self.servers[hello.server] = server
+        self._tell_time(server)  # before any client can be sent there
         log.info("chunkserver connected", server=hello.server.hex(), address=_address(hello))
         return cluster
+
+    def _tell_time(self, server: ChunkServer) -> None:
+        if server.clocks:
+            server.link.notify(self.tickets.clock())
 
     def _ready(self, server: ChunkServer) -> None:
         server.ready = True
@@ -367,6 +378,8 @@ class ChunkHub:
         if server is None or not self.is_fenced(server):
             raise LinkError(f"chunkserver {uuid.hex()} is not connected")
         slow = isinstance(order, m.Replicate)
+        if isinstance(order, m.Replicate):
+            order = self.tickets.for_replication(order)
         await server.link.call(order, REPLICATE_TIMEOUT_S if slow else ORDER_TIMEOUT_S)
 
     async def order_all(self, orders: dict[bytes, m.ChunkOrder]) -> list[bytes]:

@@ -13,7 +13,7 @@ import structlog
 
 from raftfs import daemon
 from raftfs.conf import exports
-from raftfs.const import PORT_RAFT
+from raftfs.const import PORT_RAFT, TICKET_LIFETIME_S
 from raftfs.errors import RaftfsError, UserError
 from raftfs.meta.chunkhub import ChunkHub
 from raftfs.meta.explainer import Explainer
@@ -27,6 +27,7 @@ from raftfs.meta.service import ClientService
 from raftfs.meta.state import read
 from raftfs.meta.store import MetaStore
 from raftfs.meta.stories import Stories
+from raftfs.meta.tickets import Tickets
 from raftfs.wire import messages as m
 from raftfs.wire import rpc
 from raftfs.wire.auth import ClusterKey
@@ -54,6 +55,7 @@ class MasterConfig(NamedTuple):
     healing: HealingConfig = HealingConfig()
     checkpoints: CheckpointLimits = CheckpointLimits()
     bootstrapped: bool = False  # just now, in this process
+    ticket_lifetime_s: float = TICKET_LIFETIME_S
 
     @property
     def port(self) -> int:
@@ -110,12 +112,16 @@ class Master:
             around,
         )  # fmt: skip
         self.proposer = Proposer(self.replica, around.wall_ns)
+        self.tickets = Tickets(
+            key, lambda: read.totals(self.store).cluster, config.ticket_lifetime_s
+        )
         self.hub = ChunkHub(
             cluster=lambda: read.totals(self.store).cluster,
             term=lambda: self.replica.term,
             on_change=lambda chunks: self.healer.examine(chunks),
             masters=lambda: [_chunkserver_address(name) for name in self.replica.members],
             stories=Stories(self._is_owned, around.wall_ns),
+            tickets=self.tickets,
         )
         self.grants = Grants(
             self.store, self.hub, self.proposer, lambda: self.replica.term,
@@ -125,6 +131,7 @@ class Master:
         self.service = ClientService(
             self.store, self.replica, self.proposer, self.grants, self.healer,
             list(config.export_lines), self.status, self.hub.space, key, self.hub.tune,
+            self.tickets,
         )  # fmt: skip
         explainer = Explainer(self.store, self.hub, self.grants, self.healer)
         self.service.answers(explainer.questions())

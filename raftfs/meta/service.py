@@ -26,6 +26,7 @@ from raftfs.meta.raft.replica import Replica
 from raftfs.meta.sessions import ClientContext, Presence, same_secret
 from raftfs.meta.state import read
 from raftfs.meta.state.model import Rows
+from raftfs.meta.tickets import Tickets
 from raftfs.wire import messages as m
 from raftfs.wire import ops
 from raftfs.wire.auth import ClusterKey
@@ -57,6 +58,7 @@ class ClientService:
         fs_space: Callable[[], tuple[int, int]],
         key: ClusterKey,
         tune: Callable[[str, str, str], Awaitable[str]],
+        tickets: Tickets,
     ) -> None:
         """`tune(name, action, value)`: as in `wire.TuneDisks`."""
         self._tune = tune
@@ -71,6 +73,7 @@ class ClientService:
         self._goals = Goals(rows, replica, proposer, healer)
         self._membership = Membership(replica)
         self._key = key
+        self._tickets = tickets
         self._challenges: dict[Link, bytes] = {}
         self._links: set[Link] = set()
         self._for_tools: set[type] = set(_TOOL_REQUESTS)
@@ -86,7 +89,7 @@ class ClientService:
             m.GetAttr: lambda link, a: read.getattr(self._rows, a.inode),
             m.ReadLink: lambda link, a: read.readlink(self._rows, a.inode),
             m.ReadDir: self._read_dir,
-            m.ReadChunk: lambda link, a: self._grants.locate(a.inode, a.index, link.peer[0]),
+            m.ReadChunk: self._read_chunk,
             m.StatFs: self._stat_fs,
             m.FileChunks: self._file_chunks,
             m.ListMembers: lambda link, a: self._membership.list(),
@@ -295,6 +298,10 @@ class ClientService:
     def _read_dir(self, link: Link, ask: m.ReadDir) -> m.DirPage:
         return read.readdir(self._rows, ask.inode, ask.after, min(ask.limit, READDIR_MAX))
 
+    def _read_chunk(self, link: Link, ask: m.ReadChunk) -> m.ChunkMap:
+        found = self._grants.locate(ask.inode, ask.index, link.peer[0])
+        return self._tickets.for_reader(found, link.context.session)
+
     def _stat_fs(self, link: Link, ask: m.StatFs) -> m.FsStat:
         total, available = self._fs_space()
         return m.FsStat(total, available, read.totals(self._rows).nodes)
@@ -307,7 +314,8 @@ class ClientService:
             else:
                 copies = self._grants.locations(row, "")
                 copies.sort(key=lambda c: (c.host, c.port))
-                found.append(m.FileChunk(index, row.id, row.version, copies))
+                ticket = self._tickets.for_list(row.id, link.context.session)
+                found.append(m.FileChunk(index, row.id, row.version, copies, ticket))
         return found
 
     # --- mutations
@@ -332,7 +340,8 @@ class ClientService:
     async def _write_chunk(self, link: Link, ask: m.WriteChunk) -> m.ChunkMap:
         if link.context.registered.readonly:
             raise ReplyError(errno.EROFS)
-        return await self._grants.grant(link.context.session, ask)
+        granted = await self._grants.grant(link.context.session, ask)
+        return self._tickets.for_writer(granted, link.context.session)
 
 
 def _ask_only(answer: Callable[[Any], Any], link: Link, ask: Any) -> Any:

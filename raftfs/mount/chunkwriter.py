@@ -35,6 +35,7 @@ _LOCKED_PAUSE_S = 0.04  # between two questions while another client writes
 _PAUSES_S = (0.01, 0.02, 0.03, 0.05)  # between two questions to a master that cannot grant now
 _PAUSE_MAX_S = 0.2
 _HOLE = m.ChunkMap(0, 0, 0, [])
+_STALE = (Status.WRONG_VERSION, Status.NO_CHUNK, Status.NO_TICKET, Status.TICKET_EXPIRED)
 
 
 class _Send:
@@ -58,16 +59,17 @@ class _Send:
             data = block.payload()
             head: Any = m.WriteData(
                 self.ident, grant.chunk, grant.version, grant.lock, self.create, block.offset,
-                piece_crcs(block.offset, data), self.chain,
+                piece_crcs(block.offset, data), self.chain, grant.ticket,
             )  # fmt: skip
             return head, data
         if block.kind == FILL:
             head = m.ZeroData(
                 self.ident, grant.chunk, grant.version, grant.lock, self.create, block.offset,
-                block.end - block.offset, self.chain,
+                block.end - block.offset, self.chain, grant.ticket,
             )  # fmt: skip
             return head, b""
-        return m.SyncData(self.ident, grant.chunk, grant.version, self.chain), b""
+        head = m.SyncData(self.ident, grant.chunk, grant.version, self.chain, grant.ticket)
+        return head, b""
 
 
 class Owner(Protocol):
@@ -226,8 +228,9 @@ class ChunkWriter:
         if reply.status:
             log.warning("write refused", chunk=self._name(), status=reply.status,
                         server=reply.failed.hex())  # fmt: skip
-            # A refused version is nobody's fault: a new grant sets it right or drops the copy.
-            stale = reply.status in (Status.WRONG_VERSION, Status.NO_CHUNK)
+            # A refused version or ticket is nobody's fault: a new grant sets it right or drops
+            # the copy.
+            stale = reply.status in _STALE
             self._fault([] if stale or not reply.failed else [reply.failed])
             return
         self.blocks.acknowledged(reply.id)

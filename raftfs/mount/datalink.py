@@ -208,10 +208,11 @@ class DataLinks:
         return reply
 
     async def fetch(
-        self, address: Address, copy: m.CopyId, offset: int, length: int, timeout_s: float
+        self, address: Address, copy: m.CopyId, offset: int, length: int, timeout_s: float,
+        ticket: bytes = b"",
     ) -> memoryview:
         """The bytes asked for, checked. ReplyError with the server's status; LinkError."""
-        reader = chunk.ChunkReader(self._pool, address, timeout_s=timeout_s)
+        reader = chunk.ChunkReader(self._pool, address, timeout_s=timeout_s, ticket=ticket)
         return await self._loop.run_in_executor(
             self._executor, reader.read, copy.chunk, copy.version, offset, length
         )

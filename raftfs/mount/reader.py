@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from errno import EIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -31,6 +31,7 @@ MAPS_PER_FILE = 1024  # 64 GiB of one file
 FAST_TIMEOUT_S = 1.5  # another copy is tried after that
 LAST_TIMEOUT_S = 15.0  # for the last one: slow is better than not at all
 _PAUSES_S = (0.02, 0.05, 0.1, 0.2)
+_TICKET = (Status.NO_TICKET, Status.TICKET_EXPIRED)
 
 
 class ReadError(RaftfsError):
@@ -53,6 +54,13 @@ class ReadContext:
         """A number for a request."""
         self._ident += 1
         return self._ident
+
+
+class _Known(NamedTuple):
+    """Where a chunk is, and when that was asked for."""
+
+    map: m.ChunkMap
+    asked_at: float
 
 
 class _Segment:
@@ -90,7 +98,8 @@ class FileReader:
         self.inode = inode
         self._granted = granted
         self.context = context
-        self._maps: Recent[int, m.ChunkMap] = Recent(MAPS_PER_FILE)
+        self._maps: Recent[int, _Known] = Recent(MAPS_PER_FILE)
+        self._renewing: dict[int, asyncio.Task[Any]] = {}
         self._segments: dict[int, _Segment] = {}
         self._expected = 0  # where a sequential reader would go on
         self._ahead = 0
@@ -214,19 +223,50 @@ class FileReader:
             turn += 1
 
     async def _map(self, index: int, deadline: float) -> m.ChunkMap:
-        chunk = self._granted(index) or self._maps.get(index)
-        if chunk is None:
-            left_s = max(0.1, deadline - time.monotonic())
-            try:
-                chunk = await self.context.meta.call(m.ReadChunk(self.inode, index), left_s)
-            except ReplyError as e:
-                if e.status != Status.NO_COPIES:
-                    raise
-                chunk = m.ChunkMap(-1, 0, 0, [])  # exists, nobody has it now
-            assert chunk is not None
-            if chunk.copies or not chunk.chunk:
-                self._maps.set(index, chunk)
-        return chunk
+        known = self._known(index)
+        if known is None:
+            asked_at = time.monotonic()
+            known = await self._ask(index, max(0.1, deadline - asked_at))
+            if known.copies or not known.chunk:
+                self._maps.set(index, _Known(known, asked_at))
+        return known
+
+    def _known(self, index: int) -> m.ChunkMap | None:
+        """The map, if its ticket is good. It is renewed when half as old as it may get: readers
+        wait for it only if it could not be had in all the time that is left then.
+        """
+        granted = self._granted(index)
+        known = None if granted else self._maps.get(index)
+        if known is None:
+            return granted
+        age_s, life_s = time.monotonic() - known.asked_at, known.map.ticket_s
+        if life_s and age_s > life_s:
+            return None
+        if life_s and age_s > life_s / 2 and index not in self._renewing:
+            task = asyncio.get_running_loop().create_task(self._renew(index, known))
+            self._renewing[index] = task
+            task.add_done_callback(_no_lost_exception)
+        return known.map
+
+    async def _renew(self, index: int, known: _Known) -> None:
+        asked_at = time.monotonic()
+        try:
+            found = await self._ask(index, self.context.timeout_s)
+        finally:
+            del self._renewing[index]
+        if found.copies and self._maps.get(index) is known:  # else it was forgotten meanwhile
+            self._maps.set(index, _Known(found, asked_at))
+
+    async def _ask(self, index: int, timeout_s: float) -> m.ChunkMap:
+        try:
+            found: m.ChunkMap = await self.context.meta.call(
+                m.ReadChunk(self.inode, index), timeout_s
+            )
+        except ReplyError as e:
+            if e.status != Status.NO_COPIES:
+                raise
+            return m.ChunkMap(-1, 0, 0, [])  # exists, nobody has it now
+        return found
 
     async def _from_copies(
         self, chunk: m.ChunkMap, offset: int, size: int, deadline: float
@@ -241,10 +281,16 @@ class FileReader:
             left_s = max(0.2, deadline - time.monotonic())
             timeout_s = min(LAST_TIMEOUT_S if last else FAST_TIMEOUT_S, left_s)
             try:
-                data = await self.context.links.fetch(address, ident, offset, size, timeout_s)
+                data = await self.context.links.fetch(
+                    address, ident, offset, size, timeout_s, chunk.ticket
+                )
                 return data, why
             except ReplyError as e:
                 why[f"{copy.host}:{copy.port}"] = str(e)
+                if e.status in _TICKET:  # a new map has a new one, for all copies
+                    log.info("ticket refused", chunk=f"{chunk.chunk:016X}", reason=str(e),
+                             server=f"{copy.host}:{copy.port}")  # fmt: skip
+                    return None, why
             except LinkError as e:
                 self.context.links.suspect(address)
                 why[f"{copy.host}:{copy.port}"] = str(e)

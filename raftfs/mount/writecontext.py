@@ -103,7 +103,7 @@ async def sync_copies(context: WriteContext, inode: int, index: int) -> bool:
         return True  # a hole by now: somebody truncated it
 
     async def one(copy: m.Location) -> bool:
-        head = m.SyncData(context.next_ident(), found.chunk, copy.version, [])
+        head = m.SyncData(context.next_ident(), found.chunk, copy.version, [], found.ticket)
         try:
             await context.links.ask((copy.host, copy.port), head, SYNC_TIMEOUT_S)
         except (LinkError, ReplyError):

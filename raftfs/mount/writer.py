@@ -22,6 +22,7 @@ from raftfs.mount.chunkwriter import ChunkWriter
 from raftfs.mount.commits import Commits
 from raftfs.mount.writecontext import WriteContext, WriteError, sync_copies
 from raftfs.wire import ops
+from raftfs.wire.messages import ChunkMap
 
 log = structlog.get_logger("raftfs.writer")
 
@@ -166,8 +167,8 @@ class FileWriter:
         chunks = list(self.chunks.values())
         for chunk in chunks:
             chunk.check(now)
-            if chunk.grant is not None and now - chunk.granted_at > HOLD_S:
-                chunk.yielding = True
+            if chunk.grant is not None and now - chunk.granted_at > _hold_s(chunk.grant):
+                self._yield(chunk)
             if chunk.yielding and not chunk.blocks.sent and not chunk.paused:
                 self.context.spawn(self.commits.commit(unlock=True, only=chunk))
         idle_s = now - self._written_at
@@ -178,6 +179,14 @@ class FileWriter:
         if idle_s > UNLOCK_IDLE_S and resting and not self.quiet:
             self.context.spawn(self.commits.commit(unlock=True))
         return not self.quiet
+
+    def _yield(self, chunk: ChunkWriter) -> None:
+        """Let others have the chunk as soon as what was sent is acknowledged. Something is sent
+        before: the commit that ends a grant tells the masters that there are copies.
+        """
+        if not chunk.paused and not chunk.yielding:
+            chunk.seal()
+            chunk.yielding = True
 
     # --- for the chunk writers
 
@@ -273,3 +282,8 @@ class FileWriter:
                 raise WriteError(EIO)
             await asyncio.sleep(SYNC_PAUSE_S)
         self.unsynced.discard(index)
+
+
+def _hold_s(grant: ChunkMap) -> float:
+    """How long to keep a grant: not until its ticket is old."""
+    return min(HOLD_S, grant.ticket_s / 2 or HOLD_S)

@@ -135,6 +135,7 @@ class ChunkMap(Record):
     """A chunk and its copies, in the order of the write chain or of preference for reads.
 
     `length` is the file's committed length. `lock` and `fresh` as in `ops.Granted`; 0 for reads.
+    `ticket` goes with every request to the chunkservers; it is good for `ticket_s` seconds.
     """
 
     chunk: int
@@ -143,6 +144,8 @@ class ChunkMap(Record):
     copies: list[Location]
     lock: int = 0
     fresh: bool = False
+    ticket: bytes = b""
+    ticket_s: float = 0.0
 
 
 class StatFs(Tagged, tag=11):
@@ -189,12 +192,13 @@ class FileChunks(Tagged, tag=14):
 
 
 class FileChunk(Record):
-    """One index of a file. `chunk` 0: a hole."""
+    """One index of a file. `chunk` 0: a hole. `ticket`: to see the checksums of its copies."""
 
     index: int
     chunk: int
     version: int
     copies: list[Location]
+    ticket: bytes = b""
 
 
 class AskStatus(Tagged, tag=15):
@@ -368,6 +372,7 @@ class ServerHello(Tagged, tag=1):
     cluster: bytes
     host: str
     port: int
+    clocks: bool = False  # it wants to know the masters' clocks
 
 
 class Copies(Tagged, tag=2):
@@ -486,13 +491,17 @@ class Destroy(Tagged, tag=34):
 
 
 class Replicate(Tagged, tag=35):
-    """Fetch the copy at exactly `version` from another server, verified, durable. -> None."""
+    """Fetch the copy at exactly `version` from another server, verified, durable. -> None.
+
+    `ticket` is for the other server.
+    """
 
     term: int
     chunk: int
     version: int
     host: str
     port: int
+    ticket: bytes = b""
 
 
 class SetAside(Tagged, tag=48):
@@ -525,9 +534,23 @@ class Tune(Tagged, tag=50):
     value: str
 
 
-ChunkOrder = NewTerm | RaiseVersion | Destroy | Replicate | SetAside | Confirm | Tune
+class MasterClock(Tagged, tag=51):
+    """What the clock named `clock` shows, in which a master counts the time of its tickets.
+
+    A notice, not an order: every master sends it in answer to a hello and to each heartbeat.
+    """
+
+    clock: bytes
+    now_ms: int
+
+
+ChunkOrder = (
+    NewTerm | RaiseVersion | Destroy | Replicate | SetAside | Confirm | Tune | MasterClock
+)  # fmt: skip
 
 # ================================================================ data port (chunkserver, 9422)
+# Every request carries the `ticket` of the map, grant or order that it follows from; without a
+# valid one the answer is NO_TICKET or TICKET_EXPIRED, whatever else is true.
 
 
 class Hop(Record):
@@ -555,6 +578,7 @@ class WriteData(Tagged, tag=1):
     offset: int
     crcs: list[int]
     chain: list[Hop]
+    ticket: bytes = b""
 
 
 class ZeroData(Tagged, tag=2):
@@ -568,6 +592,7 @@ class ZeroData(Tagged, tag=2):
     offset: int
     length: int
     chain: list[Hop]
+    ticket: bytes = b""
 
 
 class SyncData(Tagged, tag=3):
@@ -577,6 +602,7 @@ class SyncData(Tagged, tag=3):
     chunk: int
     version: int
     chain: list[Hop]
+    ticket: bytes = b""
 
 
 class ReadData(Tagged, tag=4):
@@ -592,6 +618,7 @@ class ReadData(Tagged, tag=4):
     version: int
     offset: int
     length: int
+    ticket: bytes = b""
 
 
 class ListBlocks(Tagged, tag=5):
@@ -603,6 +630,7 @@ class ListBlocks(Tagged, tag=5):
     id: int
     chunk: int
     version: int
+    ticket: bytes = b""
 
 
 DataRequest = WriteData | ZeroData | SyncData | ReadData | ListBlocks

@@ -45,6 +45,10 @@ class Grant(Protocol):
     def fresh(self) -> bool:
         """Whether copies are made by the first write."""
 
+    @property
+    def ticket(self) -> bytes:
+        """What the servers want to see."""
+
 
 class ChainError(RaftfsError):
     """A write failed: `status`, the server at fault (UUID, `failed`), the ids not acknowledged."""
@@ -111,7 +115,7 @@ class ChainWriter:
         self._next_id += 1
         head = m.WriteData(
             self._next_id, grant.chunk, grant.version, grant.lock, grant.fresh, offset,
-            frame.piece_crcs(offset, data), self._chain,
+            frame.piece_crcs(offset, data), self._chain, grant.ticket,
         )  # fmt: skip
         return self._submit(head, data, self._timeout_s)
 
@@ -120,14 +124,14 @@ class ChainWriter:
         self._next_id += 1
         head = m.ZeroData(
             self._next_id, grant.chunk, grant.version, grant.lock, grant.fresh, offset, length,
-            self._chain,
+            self._chain, grant.ticket,
         )  # fmt: skip
         return self._submit(head, b"", self._timeout_s)
 
     def sync(self, grant: Grant) -> int:
         """Have everything before it on the disks of all copies. ChainError."""
         self._next_id += 1
-        head = m.SyncData(self._next_id, grant.chunk, grant.version, self._chain)
+        head = m.SyncData(self._next_id, grant.chunk, grant.version, self._chain, grant.ticket)
         return self._submit(head, b"", self._sync_timeout_s)
 
     def _submit(self, head: Any, payload: frame.Buffer, timeout_s: float) -> int:

@@ -9,10 +9,16 @@ from typing import Any
 from raftfs.chunk.disk import Disk
 from raftfs.chunk.server import DataServer
 from raftfs.chunk.store import ChunkStore
+from raftfs.chunk.tickets import TicketGate
+from raftfs.meta.tickets import Tickets
+from raftfs.wire.auth import ClusterKey
 from raftfs.wire.frame import piece_crcs
 from raftfs.wire.messages import ChunkMap, CopyId, Damage, Hop
 
 CLUSTER = b"c" * 16
+KEY = ClusterKey(b"k" * 32)
+MASTER = Tickets(KEY, lambda: CLUSTER)  # signs what `grant` and `ticket` give
+MASTER._clock = b"a master"  # the same in all processes, which have the same monotonic clock
 
 
 def make_store(*roots: Path, **options: Any) -> ChunkStore:
@@ -47,7 +53,19 @@ def aside(root: Path) -> list[Path]:
 
 
 def grant(chunk: int, *, version: int = 1, lock: int = 1, fresh: bool = True) -> ChunkMap:
-    return ChunkMap(chunk, version, 0, [], lock, fresh)
+    return MASTER.for_writer(ChunkMap(chunk, version, 0, [], lock, fresh), 1)
+
+
+def ticket(chunk: int) -> bytes:
+    """To read it."""
+    return MASTER.for_reader(ChunkMap(chunk, 1, 0, []), 1).ticket
+
+
+def gate(store: ChunkStore) -> TicketGate:
+    """Has heard of `MASTER`."""
+    made = TicketGate(KEY, lambda: store.cluster)
+    made.heard(MASTER.clock())
+    return made
 
 
 class Server:
@@ -56,7 +74,8 @@ class Server:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.store = make_store(root)
-        self.data = DataServer(self.store, "127.0.0.1", 0)
+        self.tickets = gate(self.store)
+        self.data = DataServer(self.store, "127.0.0.1", 0, self.tickets)
 
     @property
     def hop(self) -> Hop:

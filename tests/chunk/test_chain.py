@@ -20,7 +20,7 @@ from raftfs.errors import LinkError, ReplyError, Status, UserError
 from raftfs.wire import frame
 from raftfs.wire import messages as m
 from tests.chunk.chainwriter import ChainError, ChainWriter
-from tests.chunk.parts import grant, make_store, noise, read, servers, write
+from tests.chunk.parts import gate, grant, make_store, noise, read, servers, ticket, write
 
 _SERVER = """
 import sys, pathlib
@@ -69,7 +69,7 @@ def test_every_server_of_a_chain_has_what_was_acknowledged(tmp_path: Path, pool:
             assert acked == sent and writer.unacked == []
         expect = data[:100] + bytes(2 * BLOCK_SIZE) + data[100 + 2 * BLOCK_SIZE :]
         for server in made:
-            reader = ChunkReader(pool, ("127.0.0.1", server.data.port))
+            reader = ChunkReader(pool, ("127.0.0.1", server.data.port), ticket=ticket(7))
             got = b"".join(reader.read(7, 1, at, MIB) for at in range(0, 3 * MIB, MIB))
             assert got == expect
             assert reader.read(7, 1, 3 * MIB - 5, 10) == expect[-5:] + bytes(5)
@@ -90,12 +90,12 @@ def test_a_kept_connection_that_died_is_replaced(tmp_path: Path, pool: ChunkPool
     with servers(tmp_path, 1) as (server,):
         port = server.data.port
         write(server.store, 1, 0, b"x")
-        reader = ChunkReader(pool, ("127.0.0.1", port))
+        reader = ChunkReader(pool, ("127.0.0.1", port), ticket=ticket(1))
         assert reader.read(1, 1, 0, 1) == b"x"
         server.data.close()
         with pytest.raises(LinkError):
             reader.read(1, 1, 0, 1)
-        server.data = DataServer(server.store, "127.0.0.1", port)
+        server.data = DataServer(server.store, "127.0.0.1", port, server.tickets)
         assert reader.read(1, 1, 0, 1) == b"x"
 
 
@@ -132,7 +132,8 @@ def test_who_refuses_is_named(tmp_path: Path, pool: ChunkPool) -> None:
         assert (e.value.status, e.value.failed) == (Status.WRONG_VERSION, made[1].store.server)
         made[0].store.destroy(1, 0)
         with pytest.raises(ReplyError) as r:
-            ChunkReader(pool, ("127.0.0.1", made[0].data.port)).read(1, 1, 0, 1)
+            address = ("127.0.0.1", made[0].data.port)
+            ChunkReader(pool, address, ticket=ticket(1)).read(1, 1, 0, 1)
         assert r.value.status == Status.NO_CHUNK
 
 
@@ -186,11 +187,11 @@ def test_a_killed_server_in_the_middle_is_named(
 
 def test_excess_connections_are_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path)
-    server = DataServer(store, "127.0.0.1", 0, connections_max=2)
+    server = DataServer(store, "127.0.0.1", 0, gate(store), connections_max=2)
     try:
         kept = [socket.create_connection(("127.0.0.1", server.port), 5) for _ in range(2)]
         for sock in kept:  # answered: so they are counted
-            frame.send_data(sock, m.ListBlocks(1, 1, 1))
+            frame.send_data(sock, m.ListBlocks(1, 1, 1, ticket(1)))
             assert frame.recv_data(sock, m.DataReply)[0].status == Status.NO_CHUNK
         with socket.create_connection(("127.0.0.1", server.port), 5) as third:
             assert third.recv(1) == b""
@@ -205,4 +206,4 @@ def test_excess_connections_are_refused(tmp_path: Path) -> None:
 
 def test_a_busy_port_is_one_sentence(tmp_path: Path) -> None:
     with servers(tmp_path, 1) as (server,), pytest.raises(UserError, match="cannot listen"):
-        DataServer(server.store, "127.0.0.1", server.data.port)
+        DataServer(server.store, "127.0.0.1", server.data.port, server.tickets)

@@ -14,10 +14,17 @@ from raftfs.chunk.terms import TermGate
 from raftfs.errors import RaftfsError, ReplyError, Status, UserError
 from raftfs.wire import messages as m
 from raftfs.wire import rpc
-from raftfs.wire.auth import ClusterKey
-from tests.chunk.parts import CLUSTER, Server, chunk_file, noise, read, servers, write
-
-KEY = ClusterKey(b"k" * 32)
+from tests.chunk.parts import (
+    CLUSTER,
+    KEY,
+    MASTER,
+    Server,
+    chunk_file,
+    noise,
+    read,
+    servers,
+    write,
+)  # fmt: skip
 
 
 class Master:
@@ -54,6 +61,8 @@ class Master:
 
     async def order(self, order: m.ChunkOrder) -> None:
         assert self.link is not None
+        if isinstance(order, m.Replicate) and not order.ticket:
+            order = MASTER.for_replication(order)
         try:
             await self.link.call(order, 10.0)
         finally:
@@ -74,8 +83,9 @@ async def linked(server: Server, *masters: Master) -> AsyncIterator[MasterLinks]
     for master in masters:
         await master.start()
     links = MasterLinks(
-        server.store, [("127.0.0.1", x.port) for x in masters], ("h", server.data.port), KEY
-    )
+        server.store, [("127.0.0.1", x.port) for x in masters], ("h", server.data.port), KEY,
+        server.tickets,
+    )  # fmt: skip
     links.start()
     try:
         yield links

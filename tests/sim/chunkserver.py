@@ -5,9 +5,11 @@ import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raftfs.chunk.masterlink import MasterLinks
+from raftfs.chunk.tickets import TicketGate
 from raftfs.errors import LinkError, ReplyError, Status
 from raftfs.wire import messages as m
 from raftfs.wire import rpc
+from raftfs.wire.auth import ClusterKey
 from tests.sim.clock import Process
 from tests.sim.copies import Copy, CopyDisk, CopyStore
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 DATA_PORT = 9
+TICKETS_KEY = ClusterKey(b"t" * 32)  # links are not sealed, but tickets are signed
 
 
 class ObservedLinks(MasterLinks):
@@ -118,10 +121,14 @@ class ChunkMachine:
         try:
             store = self.store = HostedStore(self.host, self.disk, self.world)
             masters = [(host, 3) for host in self.world.hosts()]
-            links = ObservedLinks(self.world, store, masters, (self.host, DATA_PORT), None)
-            await rpc.serve(
-                self.host, DATA_PORT, incoming=m.DataRequest, handler=lambda _, ask: self._data(ask)
-            )
+            gate = TicketGate(TICKETS_KEY, lambda: store.cluster)
+            links = ObservedLinks(self.world, store, masters, (self.host, DATA_PORT), None, gate)
+
+            async def handle(link: rpc.Link, ask: m.DataRequest) -> Any:
+                gate.check(ask, link.peer[0])
+                return await self._data(ask)
+
+            await rpc.serve(self.host, DATA_PORT, incoming=m.DataRequest, handler=handle)
             links.start()
             await links.failed
         except Exception as e:

@@ -49,19 +49,20 @@ class FileUser:
             return
         promises.located(inode, index, where.chunk)
         for copy in where.copies:
-            seen = await _read_copy(where.chunk, copy)
+            seen = await _read_copy(where, copy)
             if seen is not None:
                 promises.read(where.chunk, seen, everything.get(where.chunk, (set(), set())))
                 client.world.seen["content read"] += 1
                 return
 
 
-async def _read_copy(chunk: int, copy: m.Location) -> set[int] | None:
+async def _read_copy(where: m.ChunkMap, copy: m.Location) -> set[int] | None:
     link = await _connect(copy)
     if link is None:
         return None
     try:
-        raw = await link.call(m.ReadData(1, chunk, copy.version, 0, 1), _ANSWER_S)
+        ask = m.ReadData(1, where.chunk, copy.version, 0, 1, where.ticket)
+        raw = await link.call(ask, _ANSWER_S)
         return set(decode(list[int], raw))
     except (LinkError, ReplyError):
         return None
@@ -138,7 +139,8 @@ class Writer:
                 continue
             again = [*self._acked, write]
             heads = [
-                m.WriteData(n, grant.chunk, grant.version, grant.lock, grant.fresh, n, [], [])
+                m.WriteData(n, grant.chunk, grant.version, grant.lock, grant.fresh, n, [], [],
+                            grant.ticket)
                 for n in again
             ]
             if await self._all_answer(heads):
@@ -153,7 +155,8 @@ class Writer:
         """True once everything so far is on the disks of all copies."""
         grant = self.grant
         assert grant is not None
-        if not await self._all_answer([m.SyncData(0, grant.chunk, grant.version, [])]):
+        ask = m.SyncData(0, grant.chunk, grant.version, [], grant.ticket)
+        if not await self._all_answer([ask]):
             return False
         for write in self._acked:
             self._world.promises.fsynced(grant.chunk, write)

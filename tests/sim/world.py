@@ -21,10 +21,11 @@ import structlog
 from pysyncobj import syncobj
 
 from raftfs.chunk import masterlink
-from raftfs.meta import service
+from raftfs.meta import master, service
 from raftfs.meta.raft import replica
 from raftfs.meta.raft.journal import DurableJournal
 from raftfs.meta.state import read
+from raftfs.meta.tickets import Tickets
 from tests.sim import chunkserver, stories_data
 from tests.sim.broken import must
 from tests.sim.chunkserver import ChunkMachine
@@ -264,6 +265,9 @@ def _observed(world: World) -> Iterator[None]:
             world.law.added(idx, term, self.term_at(idx - 1), command)
         add(self, command, idx, term)
 
+    def signing(key: None, cluster: Callable[[], bytes], lifetime_s: float) -> Tickets:
+        return Tickets(chunkserver.TICKETS_KEY, cluster, lifetime_s)
+
     chance, drawn = random.Random(world.seed + 1), random.getstate()
     random.seed(world.seed)
     try:
@@ -275,6 +279,7 @@ def _observed(world: World) -> Iterator[None]:
             patch.object(masterlink, "fetch", chunkserver.fetch),
             patch.object(masterlink, "discard", lambda store, fetched: None),
             patch.object(replica, "_TICK_S", _TICK_S),
+            patch.object(master, "Tickets", signing),
             patch.object(service, "WRITE_LOCK_GRACE_S", _GRACE_S),
             patch.object(DurableJournal, "add", compared),
         ):

@@ -30,6 +30,7 @@ from raftfs.meta.raft.snapshot import SnapshotReceiver
 from raftfs.meta.service import ClientService
 from raftfs.meta.state import digest, ops_namespace
 from raftfs.meta.store import MetaStore
+from raftfs.mount.writer import FileWriter
 from raftfs.wire import ops, rpc
 from tests.sim.core import mutants as core
 from tests.sim.planted import edited
@@ -257,6 +258,11 @@ PLANTED: dict[str, Planted] = {
                ("self.connected.intersection(self._electorate())", "self.connected & self.voters")),
         RAFT + "test_safety.py::"
         "test_who_reaches_only_a_voter_that_takes_itself_for_a_learner_asks_it",
+    ),
+    "a grant ends before anything was sent": Planted(
+        edited(FileWriter, "_yield", ("chunk.seal()", "pass")),
+        "tests/unit/mount/test_writing.py::"
+        "test_a_grant_that_is_held_for_long_does_not_end_before_something_was_sent",
     ),
     "a replacement waits for a lull": Planted(
         edited(Replica, "_promote_joined",

@@ -14,7 +14,7 @@ from tests.unit.planted import PLANTED
 
 ROOT = Path(__file__).parent.parent.parent
 WANTED = {*(f"H{n}" for n in range(1, 29)), *(f"T{n}" for n in range(1, 19)),
-          *(f"O{n}" for n in range(1, 16))}  # fmt: skip
+          *(f"O{n}" for n in range(1, 17))}  # fmt: skip
 
 
 class Line(NamedTuple):

@@ -15,8 +15,10 @@ from raftfs.meta.grants import Grants
 from raftfs.meta.state import read
 from raftfs.meta.state.apply import apply_batch
 from raftfs.meta.state.dictrows import DictRows
+from raftfs.meta.tickets import Tickets
 from raftfs.wire import messages as m
 from raftfs.wire import ops
+from raftfs.wire.auth import ClusterKey
 from raftfs.wire.ops import Batch, Command, Result
 from raftfs.wire.rpc import decode
 
@@ -176,7 +178,8 @@ class World:
         self.term += 1
         term = self.term
         proposer = FakeProposer(self, term)
-        hub = ChunkHub(lambda: b"c" * 16, lambda: term, lambda chunks: None)
+        tickets = Tickets(ClusterKey(b"k" * 32), lambda: b"c" * 16)
+        hub = ChunkHub(lambda: b"c" * 16, lambda: term, lambda chunks: None, tickets=tickets)
         # type: ignore[arg-type]
         self.grants = Grants(self.rows, hub, proposer, lambda: term, self.chance.random)
         self.hub = hub

@@ -12,6 +12,7 @@ from raftfs.meta.service import ClientService
 from raftfs.meta.state import read
 from raftfs.meta.state.apply import apply_batch
 from raftfs.meta.state.dictrows import DictRows
+from raftfs.meta.tickets import Tickets
 from raftfs.wire import inquiries as q
 from raftfs.wire import messages as m
 from raftfs.wire import ops
@@ -62,6 +63,9 @@ class Proposals:
         return bytes(apply_batch(self._rows, 2, batch)[0].result.value)
 
 
+KEY = ClusterKey(b"k" * 32)
+
+
 def service(rows: DictRows) -> ClientService:
     """Everybody may mount."""
     unused: Any = SimpleNamespace()
@@ -69,7 +73,7 @@ def service(rows: DictRows) -> ClientService:
     leader: Any = Leader(rows)
     return ClientService(
         rows, leader, proposals, unused, unused, exports.default_lines(), unused, unused,
-        ClusterKey(b"k" * 32), unused,
+        KEY, unused, Tickets(KEY, lambda: b"c" * 16),
     )  # fmt: skip
 
 

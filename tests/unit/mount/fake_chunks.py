@@ -4,8 +4,9 @@ import socket
 import threading
 from typing import Any
 
+from raftfs.chunk.tickets import TicketGate
 from raftfs.const import CHUNK_SIZE
-from raftfs.errors import Status
+from raftfs.errors import ReplyError, Status
 from raftfs.wire import messages as m
 from raftfs.wire.frame import piece_crcs, recv_data, send_data
 
@@ -42,6 +43,7 @@ class FakeChunkServer:
         self.mute = False  # takes requests, never answers
         self.corrupt = False  # reads give bytes that do not match their checksums
         self.drop_after = -1  # close the connection after so many more requests
+        self.gate: TicketGate | None = None  # asks for tickets as a real one
         self.requests: list[Any] = []
         self.keep_requests = True
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -104,8 +106,13 @@ class FakeChunkServer:
                 link.close()
 
     def _handle(self, head: Any, payload: Any, links: Any) -> tuple[m.DataReply, bytes]:
-        with self._mutex:
-            status, data = self._apply(head, payload)
+        try:
+            if self.gate is not None:
+                self.gate.check(head, "a test")
+            with self._mutex:
+                status, data = self._apply(head, payload)
+        except ReplyError as e:
+            status, data = e.status, b""
         if status:
             return m.DataReply(head.id, status, self.uuid), b""
         if isinstance(head, m.ReadData):

@@ -2,9 +2,12 @@
 
 import asyncio
 import sys
+from collections import Counter
 
+from raftfs.chunk.tickets import TicketGate
+from raftfs.meta.tickets import Tickets
 from tests.unit.mount.fake_chunks import FakeChunkServer
-from tests.unit.mount.fake_masters import FakeMasters, State
+from tests.unit.mount.fake_masters import CLUSTER, KEY, FakeMasters, State
 
 
 class FakeCluster:
@@ -14,6 +17,27 @@ class FakeCluster:
         self.servers = [FakeChunkServer(bytes([65 + n]) * 16) for n in range(servers)]
         self.state = State([s.location for s in self.servers], goal)
         self.masters = FakeMasters(self.state, password=password)
+        for server in self.servers:
+            server.gate = TicketGate(KEY, lambda: CLUSTER)
+        self.sign(self.state.tickets)
+
+    def sign(self, tickets: Tickets) -> None:
+        """From now on with these."""
+        self.state.tickets = tickets
+        for server in self.servers:
+            assert server.gate is not None
+            server.gate.heard(tickets.clock())
+
+    def age(self, seconds: float) -> None:
+        """All tickets that were ever made are so much older."""
+        for server in self.servers:
+            assert server.gate is not None
+            clocks = server.gate._ahead_ms
+            server.gate._ahead_ms = {c: at + round(1000 * seconds) for c, at in clocks.items()}
+
+    def refused(self) -> Counter[str]:
+        """Requests without a valid ticket, of all servers."""
+        return sum((s.gate.refused for s in self.servers if s.gate), Counter())
 
     async def start(self) -> "FakeCluster":
         """Listen."""

@@ -17,10 +17,14 @@ from raftfs.errors import ReplyError, Status
 from raftfs.meta.state import read
 from raftfs.meta.state.apply import apply_batch
 from raftfs.meta.state.dictrows import DictRows
+from raftfs.meta.tickets import Tickets
 from raftfs.wire import messages as m
 from raftfs.wire import ops, rpc
+from raftfs.wire.auth import ClusterKey
 from raftfs.wire.frame import encode
 from raftfs.wire.ops import Batch, Command
+
+CLUSTER, KEY = b"C" * 16, ClusterKey(b"k" * 32)
 
 
 class State:
@@ -35,9 +39,10 @@ class State:
         self.applied: list[Command] = []  # what took effect, in order
         self.dead: set[bytes] = set()  # servers that take part in no grant
         self.keep_applied = True
+        self.tickets = Tickets(KEY, lambda: CLUSTER)
         self._index = 0
         self._now = time.time_ns()
-        self.commit(ops.Found(b"C" * 16, {"m0": b"0" * 16}))
+        self.commit(ops.Found(CLUSTER, {"m0": b"0" * 16}))
 
     def now(self) -> int:
         """A clock that always advances."""
@@ -191,7 +196,7 @@ class FakeMaster:
                 number = msgspec.msgpack.decode(state.commit(new))
         link.context = number or -1
         state.counts["Register"] += 1
-        return m.Registered(number, b"C" * 16, root, False, True, False, 0, 0, 0, 0)
+        return m.Registered(number, CLUSTER, root, False, True, False, 0, 0, 0, 0)
 
     def _answer(self, link: rpc.Link, ask: Any, state: State) -> Any:
         if not isinstance(ask, m.Mutate | m.WriteChunk):
@@ -208,9 +213,9 @@ class FakeMaster:
             case m.ReadDir(inode, after, limit):
                 return read.readdir(state.rows, inode, after, limit)
             case m.ReadChunk(inode, index):
-                return state.locate(inode, index)
+                return state.tickets.for_reader(state.locate(inode, index), link.context)
             case m.WriteChunk():
-                return state.grant(link.context, ask)
+                return state.tickets.for_writer(state.grant(link.context, ask), link.context)
             case m.StatFs():
                 return m.FsStat(1 << 40, 1 << 39, read.totals(state.rows).nodes)
             case m.FileChunks(inode, first):

@@ -9,6 +9,7 @@ import pytest
 
 from raftfs.const import CHUNK_SIZE, KIB, MIB
 from raftfs.errors import RaftfsError, ReplyError
+from raftfs.mount import writer
 from raftfs.mount.writecontext import WriteError
 from raftfs.wire import messages as m
 from raftfs.wire import ops
@@ -417,5 +418,27 @@ def test_truncation_waits_for_another_clients_grant() -> None:
             assert not task.done()
             b.cluster.state.commit(ops.Unlock(grant.chunk, grant.lock))
             assert (await task).length == 0
+
+    run(test)
+
+
+def test_a_grant_that_is_held_for_long_does_not_end_before_something_was_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A log of short lines: none of them fills a block, and there is never a pause between them."""
+    monkeypatch.setattr(writer, "HOLD_S", 0.3)
+    monkeypatch.setattr(writer, "SEAL_IDLE_S", 60.0)
+
+    async def test() -> None:
+        async with bench() as b:
+            asked = b.asked()
+            handle = await b.create()
+            data = b""
+            while len(asked) < 3:
+                data += (line := os.urandom(50))
+                await b.contents.write(handle, len(data) - len(line), line)
+                await asyncio.sleep(0.01)
+            await b.contents.flush(handle)
+            assert b.stored(0, handle) == b.stored(1, handle) == data
 
     run(test)
