@@ -400,7 +400,7 @@ class ChunkHub:
         return good
 
     def _note_failed(self, uuid: bytes, order: m.ChunkOrder, reason: str) -> None:
-        if not isinstance(order, m.NewTerm | m.Tune):
+        if not isinstance(order, m.NewTerm | m.Tune | m.MasterClock):
             version = order.version
             detail = f"{type(order).__name__}: {reason}"
             self.stories.note(order.chunk, "order failed", uuid, version, detail)

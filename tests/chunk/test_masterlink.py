@@ -343,7 +343,8 @@ def test_orders_about_damage_and_disks(tmp_path: Path) -> None:
             master = Master()
             await master.start()
             links = MasterLinks(
-                store, [("127.0.0.1", master.port)], ("h", server.data.port), KEY, list, tune
+                store, [("127.0.0.1", master.port)], ("h", server.data.port), KEY,
+                server.tickets, list, tune,
             )
             links.start()
             try:

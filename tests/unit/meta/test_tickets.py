@@ -47,7 +47,7 @@ async def serving(world: World, lines: list[exports.ExportLine]) -> tuple[Client
     grants, unused, leader = await world.elect(), SimpleNamespace(), Leader()
     replica: Any = leader
     return ClientService(
-        world.rows, replica, grants._proposer, grants, unused, lines, unused, unused, KEY,
+        world.rows, replica, grants._proposer, grants, unused, lines, unused, unused, KEY, unused,
         world.hub.tickets,
     ), leader  # fmt: skip
 
