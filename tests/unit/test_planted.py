@@ -10,13 +10,15 @@ import pytest
 from tests.unit.planted import PLANTED
 
 ROOT = Path(__file__).parent.parent.parent
+_ALL_S = 600  # the first test waits for all of them, each a run of pytest
+pytestmark = pytest.mark.timeout(_ALL_S + 20)
 
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
     """What `python -m tests.unit.planted` prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.planted"], cwd=ROOT, timeout=300, check=False,
+        [sys.executable, "-m", "tests.unit.planted"], cwd=ROOT, timeout=_ALL_S, check=False,
         capture_output=True, text=True,
     )  # fmt: skip
     return done.stdout.splitlines()
