@@ -133,8 +133,10 @@ class Link(asyncio.Protocol):
 
     def queued_bytes(self) -> int:
         """Bytes accepted but not yet taken by the kernel."""
-        buffered = self._transport.get_write_buffer_size() if self._transport else 0
-        return buffered + sum(map(len, self._out))
+        transport, queued = self._transport, sum(map(len, self._out))
+        if transport is None or transport.is_closing():
+            return queued
+        return queued + transport.get_write_buffer_size()
 
     # --- inside
 
@@ -163,6 +165,8 @@ class Link(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self._transport.write(b"".join(out) if len(out) > 1 else out[0])
+        if self._transport.is_closing():  # the write has just found out that nobody is there
+            return
         if self._transport.get_write_buffer_size() > SEND_QUEUE_MAX:
             self._abort("the other side does not read")
 

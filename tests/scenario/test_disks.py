@@ -76,6 +76,7 @@ def test_a_dying_disk_loses_nothing_and_can_be_tested_again(cluster: ScenarioClu
     cluster.expect(
         *KILLED, "disk error", "disk damaged", "copy damaged", "damaged copy not set aside",
         "damaged copy stays where it is", "repair put off", "story not written", "story not read",
+        "unrest file not written",
         "term not written", "replication failed", "copies not destroyed", "name of a copy mended",
         "strange file set aside", "file not readable", "file not set aside",
     )  # fmt: skip

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -64,7 +65,8 @@ def test_a_chunk_tells_why_it_waits_for_a_copy_and_what_was_done(
     assert (plan["step"], plan["delay"], plan["delay_s"]) == ("add", "disconnected", 300.0)
     assert 0 < plan["wait_s"] <= 300
     status, said = tell(cluster, "explain", "chunk", "/file")
-    assert status == 0 and "1 copy will be made in 4 min" in said and "may come back" in said
+    assert status == 0 and "may come back" in said
+    assert re.search(r"1 copy will be made in [45] min", said), said
     assert f"127.0.0.1:{ports[first]}" in said
 
     cluster.raftfs("cluster", "kill", second)  # one copy is left: others are made soon
