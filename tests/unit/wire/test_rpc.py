@@ -202,3 +202,35 @@ def test_log_lines_of_a_request_name_it() -> None:
     asyncio.run(main())
     assert [number for _, number in seen] == [1, 1, 2, 2]
     assert SERVED.get() is None
+
+
+def test_a_write_that_finds_nobody_there_any_more_ends_quietly() -> None:
+    """uvloop's transport closes itself in such a write, and refuses every question after it."""
+
+    class Gone:
+        closing = False
+
+        def is_closing(self) -> bool:
+            return self.closing
+
+        def write(self, data: bytes) -> None:
+            self.closing = True
+
+        def get_write_buffer_size(self) -> int:
+            if self.closing:
+                raise RuntimeError("the handler is closed")
+            return 0
+
+        def close(self) -> None:
+            self.closing = True
+
+    async def story(link: rpc.Link, server: rpc.Server) -> None:
+        transport, link._transport = link._transport, Gone()  # type: ignore[assignment]
+        assert transport is not None
+        answer = link.call(m.GetAttr(1), 1.0)
+        link.flush()
+        assert link.queued_bytes() == 0
+        link._transport = transport
+        answer.cancel()
+
+    with_server(story)
