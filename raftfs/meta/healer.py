@@ -347,38 +347,44 @@ class Healer:
             verdict = self._grants.verdict(now)
             if verdict.settle or verdict.wanted:
                 return
-            sure = await self._confirmed(now.id, now.version, verdict.chosen)
-            if len(sure) < len(verdict.chosen):
+            going = self._to_give_up(now.id, verdict)
+            stay = [server for server in verdict.chosen if server != going]
+            sure = await self._confirmed(now.id, now.version, stay)
+            if len(sure) < len(stay):
                 self.examine([now.id], delay_s=5.0)
                 return
             for server, version in verdict.stale:
                 if self._may_go(now, server, version):
                     await self._destroy(now.id, version, server, "stale")
-            if verdict.surplus:
-                leaving = self._hub.leaving_of(now.id, verdict.chosen)
-                await self._give_up_one(now, sure, leaving)
+            if going is not None:
+                await self._give_up(now, going, sure)
         if verdict.surplus > 1:
             self.examine([chunk.id], delay_s=0.0)
 
-    async def _give_up_one(
-        self, chunk: ChunkRow, sure: Iterable[bytes], leaving: Iterable[bytes]
-    ) -> None:
-        """Of more copies than the goal asks for, one on a disk that is to be pulled if there is.
-
-        `sure`: servers that have just confirmed theirs; others still count as connected, but may
-        have died. LinkError, and all stay, if the goal is not met by what would be left.
+    def _to_give_up(self, chunk: int, verdict: Verdict) -> bytes | None:
+        """Whose copy goes if there are too many: one on a disk that is to be pulled, or else that
+        of the fullest server.
         """
-        fullest = min(leaving or sure, key=lambda s: self._hub.servers[s].free)
+        if not verdict.surplus:
+            return None
+        leaving = self._hub.leaving_of(chunk, verdict.chosen)
+        return min(leaving or verdict.chosen, key=lambda s: self._hub.servers[s].free)
+
+    async def _give_up(self, chunk: ChunkRow, server: bytes, sure: Iterable[bytes]) -> None:
+        """Destroy a surplus copy. `sure`: the other servers, which have just confirmed theirs; who
+        has died a moment ago still counts as connected. LinkError, and all stay, if the goal is not
+        met by what would be left.
+        """
         now = read.chunk(self._rows, chunk.id)  # its goal may have risen
         if now is None:
             return
         # Whatever befell their copies was reported before they answered.
-        left = set(sure) & set(self._grants.verdict(now).chosen) - {fullest}
+        left = set(sure) & set(self._grants.verdict(now).chosen)
         if len(left) < now.goal:
             raise LinkError("servers that hold the other copies do not answer")
-        await self._proposer.commit(DropCopy(now.id, now.version, fullest))
-        await self._destroy(now.id, now.version, fullest, "surplus")
-        self._grants.prove_less(now.id, fullest)
+        await self._proposer.commit(DropCopy(now.id, now.version, server))
+        await self._destroy(now.id, now.version, server, "surplus")
+        self._grants.prove_less(now.id, server)
 
     def _may_go(self, chunk: ChunkRow, server: bytes, version: int) -> bool:
         """Whether a stale copy may be destroyed; one that a restore made stale is kept as long as

@@ -122,7 +122,7 @@ SERVICES: dict[str, Planted] = {
 
 _NOBODY_CONFIRMS = edited(
     Healer, "_destroy_surplus",
-    ("await self._confirmed(now.id, now.version, verdict.chosen)", "list(verdict.chosen)"),
+    ("await self._confirmed(now.id, now.version, stay)", "stay"),
 )  # fmt: skip
 
 DATA: dict[str, Planted] = {
@@ -150,8 +150,8 @@ DATA: dict[str, Planted] = {
         healing, "_current", (" if committed <= v <= max(committed, reserved)", "")
     ),
     "surplus copies go without being condemned": edited(
-        Healer, "_give_up_one",
-        ("await self._proposer.commit(DropCopy(now.id, now.version, fullest))", "pass"),
+        Healer, "_give_up",
+        ("await self._proposer.commit(DropCopy(now.id, now.version, server))", "pass"),
     ),
     "copies are made while somebody writes": several(
         edited(Healer, "_examine", ("if chunk.lock and chunk.lock_session:", "if False:"),

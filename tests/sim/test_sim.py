@@ -64,7 +64,7 @@ def test_a_finding_ends_with_the_line_that_repeats_it(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", IN_THE_SUITE)
 def test_a_planted_fault_is_found(name: str) -> None:
-    where = seeds(0, 60) if name in DATA else range(60)
+    where = seeds(0, 60) if name in DATA else range(120)
     assert first_finding(MUTANTS[name], finding, where), f"{name}: not found"
 
 

@@ -299,6 +299,7 @@ def test_nothing_is_set_aside_nor_dropped_for_a_copy_that_is_not_what_it_was_tak
         wrong.obey = refuses  # type: ignore[method-assign]
 
         async def idle(healer: Healer) -> None:
+            world.hub.servers[wrong.uuid].total += 1  # one of the others is the fullest
             await until(lambda: bool(world.of(m.Confirm)))
             await asyncio.sleep(0.3)
 
