@@ -692,8 +692,10 @@ class ChunkStore:
                 self.report_leaving(chunks[start : start + REPORT_SLICE], away)
 
     def resting(self, chunk: int) -> Resting | None:
-        """The copy, if it is good and nobody changes it just now."""
-        if self._table.damage_of(chunk) is not None:
+        """The copy, if it is good and nobody changes it just now. Not a doubtful one: on another
+        disk nothing would say what may be missing in it.
+        """
+        if self._table.damage_of(chunk) is not None or self.is_doubtful(chunk):
             return None
         with self._held(chunk, None, "scrub") as copy:
             return copy.resting()

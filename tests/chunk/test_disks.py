@@ -11,6 +11,7 @@ from raftfs.chunk.disk import Disk
 from raftfs.chunk.door import FileDoor
 from raftfs.chunk.moving import Mover
 from raftfs.chunk.store import ChunkStore
+from raftfs.chunk.unrest import UNREST
 from raftfs.const import BLOCK_SIZE
 from raftfs.errors import RaftfsError, ReplyError, Status
 from raftfs.wire.frame import piece_crcs
@@ -184,6 +185,22 @@ def test_copies_leave_a_disk_that_is_marked_and_nothing_new_comes(tmp_path: Path
         store.close()
         if not again:
             store = make_store(tmp_path / "a")  # b has been pulled
+
+
+def test_a_doubtful_copy_is_not_moved_away_from_what_says_so(tmp_path: Path) -> None:
+    two_disks(tmp_path)._disks[0].close()  # no orderly stop: nothing came to rest
+    (tmp_path / "b" / UNREST).unlink()
+    for disk in ("a", "b"):
+        (tmp_path / disk / ".raftfs-lock").unlink()
+    store = make_store(tmp_path / "a", tmp_path / "b")
+    assert [c.chunk for c in store.copies() if c.doubtful] == [11, 13, 15, 17, 19]
+    store.disks()[1].leaving = "anywhere"
+    store.raise_version(13, 2, 1)  # the leader decided
+    store.rest_idle(-1.0)
+    assert Mover(store).empty(1) == 1
+    assert [c.chunk for c in store.copies() if c.doubtful] == [11, 15, 17, 19]
+    assert store.copies_on(1) == 4
+    store.close()
 
 
 def test_a_damaged_copy_is_not_moved_and_a_change_in_between_is_not_lost(
